@@ -1,0 +1,245 @@
+"""The engine: requests in, events out, one step at a time.
+
+`step` keeps up to `overlap` steps in flight: it schedules and submits until that many are, then waits for the
+oldest and
+gives its tokens to the scheduler. Everything before the first request (choice of backend, memory plan,
+loading) happens in
+`Engine.__init__`, in that order, so that what cannot work fails before weights are read.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from core.block_manager import BlockManager
+from core.contract.batch import StepLayout
+from core.contract.errors import EngineDead, RequestError, UnsupportedError
+from core.contract.types import Bucket, Outputs
+from core.engine.config import EngineConfig, resolve_dtype, resolve_length
+from core.engine.memory import CacheBudget, block_groups, check_layers, choose_block_size
+from core.executor.inline import InlineExecutor
+from core.executor.multiprocess import MultiprocessExecutor
+from core.executor.rank import Executor, read_model
+from core.plugins import BackendHandle, Plugins
+from core.runner.buckets import Buckets
+from core.runner.builder import BatchBuilder
+from core.sampling.params import SamplingParams
+from core.scheduler import Event, Request, Scheduler, SchedulerConfig
+from core.weights.checkpoint import open_checkpoint
+from core.weights.loader import Progress, check_checkpoint
+
+_KV_SHARE = 0.6
+"""Share of the memory left after loading that a KV cache takes where no budget was given."""
+
+
+@dataclass(frozen=True)
+class EngineMetrics:
+    """Figures of now and totals since the start."""
+
+    num_running: int
+    num_waiting: int
+    steps: int
+    scheduled_tokens: int
+    cached_tokens: int
+    preemptions: int
+    blocks_total: int
+    blocks_used: int
+    blocks_shared: int
+    blocks_cached: int
+
+
+class Engine:
+    """One model on one backend. One thread uses it."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        plugins: Plugins | None = None,
+        progress: Progress | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        if plugins is None:
+            plugins = Plugins()
+            plugins.load()
+        selection = plugins.select(config.backend)
+        self.backend: BackendHandle = plugins.backend(selection.spec.name)
+        self.choice_reason = selection.reason
+        spec = self.backend.spec
+        self._check_parallel()
+        checkpoint = open_checkpoint(config.model)
+        try:
+            definition, self.model = read_model(checkpoint)
+            self.dtype = resolve_dtype(spec, config.dtype, self.model.dtype)
+            self.max_model_len = resolve_length(config.max_model_len, self.model)
+            local = self.model.local(config.tensor_parallel)
+            check_layers(spec, definition.cache_layers(local, self.dtype))
+            check_checkpoint(definition, self.model, checkpoint)
+        finally:
+            checkpoint.close()
+        self._block_size = choose_block_size(spec, config.block_size)
+        kind = MultiprocessExecutor if config.tensor_parallel > 1 else InlineExecutor
+        self._dead: BaseException | None = None
+        self._executor: Executor = kind(config, self.backend, self.max_model_len)
+        try:
+            self._start(progress, clock)
+        except BaseException:
+            self._executor.close()
+            raise
+
+    def _check_parallel(self) -> None:
+        spec, ranks = self.backend.spec, self.config.tensor_parallel
+        if ranks > spec.max_world_size:
+            raise UnsupportedError(
+                f"tensor_parallel is {ranks}, but backend {spec.name!r} runs {spec.max_world_size} ranks "
+                "at most"
+            )
+
+    def _start(self, progress: Progress | None, clock: Callable[[], float]) -> None:
+        config, spec = self.config, self.backend.spec
+        self.report = self._executor.load(progress)
+        budget_bytes = config.kv_cache_bytes or int(self.report.free_bytes * _KV_SHARE)
+        self.cache: CacheBudget = self._executor.allocate(budget_bytes, self._block_size, self.max_model_len)
+        plan = self.cache.plan
+        self.blocks = BlockManager(
+            block_groups(plan),
+            max_requests=config.max_requests,
+            max_model_len=self.max_model_len,
+            enable_prefix_cache=config.prefix_cache,
+        )
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_requests=config.max_requests,
+                max_model_len=self.max_model_len,
+                max_batch_tokens=config.max_batch_tokens,
+                max_waiting=config.max_waiting,
+                policy=config.policy,
+            ),
+            spec.batch,
+            self.blocks,
+            clock,
+        )
+        self._clock = clock
+        self._overlap = config.overlap or spec.overlap
+        buckets = Buckets(spec, plan, config.max_batch_tokens, self.max_model_len)
+        largest = buckets.choose(
+            "mixed",
+            config.max_batch_tokens,
+            config.max_requests,
+            config.max_batch_tokens,
+            self.max_model_len,
+            Outputs(),
+        )
+        size = max(StepLayout.of(b, plan, spec.batch).size for b in (largest, _as_decode(largest)))
+        buffers = [self._executor.host_buffer(size) for _ in range(self._overlap + 1)]
+        self._builder = BatchBuilder(plan, spec.batch, buckets, self.scheduler.table, self.blocks, buffers)
+        if config.warm_up:
+            self._executor.warm(list(buckets.decode_buckets()))
+
+    def add(
+        self,
+        request_id: str,
+        prompt_ids: list[int] | tuple[int, ...],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        queue_timeout_s: float | None = None,
+        timeout_s: float | None = None,
+        salt: str = "",
+    ) -> Request:
+        """Queue a request.
+
+        Raises:
+            RequestError: it can never run, or the queue is full; nothing was queued. EngineDead.
+        """
+        self._check_alive()
+        vocab = self.model.vocab_size
+        wrong = next((i for i in prompt_ids if not 0 <= i < vocab), None)
+        if wrong is not None:
+            raise RequestError(f"prompt token id {wrong} is outside the vocabulary of {vocab} ids")
+        now = self._clock()
+        request = Request(
+            request_id=request_id,
+            prompt_ids=tuple(prompt_ids),
+            params=params,
+            eos_ids=self.model.eos_token_ids,
+            seed=secrets.randbits(64) if params.seed is None else params.seed,
+            priority=priority,
+            arrival=now,
+            queue_deadline=None if queue_timeout_s is None else now + queue_timeout_s,
+            deadline=None if timeout_s is None else now + timeout_s,
+            salt=salt,
+        )
+        self.scheduler.add(request)
+        return request
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; False where it is not running or waiting."""
+        return self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do or report anything."""
+        return self.scheduler.has_work
+
+    def step(self) -> list[Event]:
+        """Fill the pipeline, wait for its oldest step, and return what happened.
+
+        Raises:
+            EngineDead: the device failed, now or before.
+        """
+        self._check_alive()
+        try:
+            self._fill()
+            oldest = self.scheduler.oldest_step
+            if oldest is None:
+                return self.scheduler.take_events()
+            tokens = self._executor.wait(oldest)
+            return self.scheduler.update(oldest, tokens.tokens)
+        except Exception as error:
+            self._dead = error
+            raise EngineDead(f"the engine stopped: {error}") from error
+
+    def _fill(self) -> None:
+        while self.scheduler.num_in_flight < self._overlap:
+            plan = self.scheduler.schedule()
+            if plan is None:
+                return
+            batch, sampling = self._builder.build(plan)
+            self._executor.submit(batch, sampling, plan.copies)
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(f"the engine stopped earlier: {self._dead}; make a new one") from self._dead
+
+    def metrics(self) -> EngineMetrics:
+        """Figures of now."""
+        blocks, counters = self.blocks.metrics(), self.scheduler.counters
+        return EngineMetrics(
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            steps=counters.steps,
+            scheduled_tokens=counters.scheduled_tokens,
+            cached_tokens=counters.cached_tokens,
+            preemptions=counters.preemptions,
+            blocks_total=blocks.total,
+            blocks_used=blocks.used,
+            blocks_shared=blocks.shared,
+            blocks_cached=blocks.cached,
+        )
+
+    def close(self) -> None:
+        """End the engine; unfinished requests are dropped. Idempotent."""
+        self._dead = self._dead or EngineDead("the engine was closed")
+        self._executor.close()
+
+
+def _as_decode(bucket: Bucket) -> Bucket:
+    rows = bucket.requests
+    return Bucket(
+        tokens=rows, requests=rows, widths=bucket.widths, kind="decode", max_query=1, max_seq=bucket.max_seq
+    )

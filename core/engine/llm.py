@@ -1,0 +1,247 @@
+"""LLM: the offline Python API."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from core.contract.errors import ConfigError, RequestError
+from core.engine.config import EngineConfig
+from core.engine.engine import Engine
+from core.engine.outputs import RequestOutput
+from core.engine.stream import RequestStream
+from core.env import cache_dir
+from core.sampling.params import SamplingParams
+from core.tokenizer import apply_chat_template, load_tokenizer
+from core.weights.sample import resolve_model
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model, ready to generate.
+
+    Args:
+        model: a folder with safetensors, a .gguf file, or "sample" (SmolLM2-135M-Instruct, fetched at first
+        use).
+        backend: name, or "auto". dtype: "auto", "float32", "bfloat16", ...
+        Other arguments: as in `EngineConfig`.
+
+    Raises:
+        CoreError: a sentence that says what is wrong and what to do.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        backend: str = "auto",
+        dtype: str = "auto",
+        device: int = 0,
+        max_model_len: int | None = None,
+        max_requests: int = 64,
+        max_batch_tokens: int = 2048,
+        block_size: int | None = None,
+        num_blocks: int | None = None,
+        kv_cache_bytes: int | None = None,
+        prefix_cache: bool = True,
+        policy: Literal["fcfs", "priority"] = "fcfs",
+        overlap: int | None = None,
+        tensor_parallel: int = 1,
+        num_threads: int | None = None,
+        warm_up: bool = False,
+        show_progress: bool = True,
+        backend_options: Mapping[str, str] | None = None,
+    ) -> None:
+        self._show_progress = show_progress
+        config = EngineConfig(
+            model=resolve_model(str(model), cache_dir()),
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            max_requests=max_requests,
+            max_batch_tokens=max_batch_tokens,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kv_cache_bytes=kv_cache_bytes,
+            prefix_cache=prefix_cache,
+            policy=policy,
+            overlap=overlap,
+            tensor_parallel=tensor_parallel,
+            num_threads=num_threads,
+            warm_up=warm_up,
+            backend_options=dict(backend_options or {}),
+        )
+        self.tokenizer = load_tokenizer(config.model)
+        with _loading(config.model.name, show_progress) as progress:
+            self.engine = Engine(config, progress=progress)
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Continue prompts, given as text or token ids; all at once, results in the order of the prompts.
+
+        Args:
+            params: for all prompts, or one each; None = SamplingParams().
+            use_tqdm: show a progress bar; None = as the LLM was made.
+
+        Raises:
+            RequestError: a prompt or parameter is wrong; nothing was generated for any of them.
+            EngineDead: the device failed.
+        """
+        many = _as_prompts(prompts)
+        each = _as_params(params, len(many))
+        streams = self._add(many, each)
+        finished: dict[str, RequestOutput] = {}
+        show = self._show_progress if use_tqdm is None else use_tqdm
+        with _generating(len(many), show) as advance:
+            for output in self.run(streams):
+                if output.finished:
+                    finished[output.request_id] = output
+                    advance(sum(len(o.token_ids) for o in output.outputs))
+        return [finished[stream.request_id] for stream in streams]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or several: messages are mappings with `role` and `content`.
+
+        Raises:
+            ConfigError: the model has no chat template. Otherwise as `generate`.
+        """
+        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        prompts = [self.chat_prompt(m) for m in many]  # type: ignore[arg-type]
+        return self.generate(prompts, params, use_tqdm=use_tqdm)
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation, ready for the model to answer."""
+        template = self.tokenizer.chat_template
+        if template is None:
+            raise ConfigError("the model has no chat template; use generate with a prompt of your own")
+        text = apply_chat_template(
+            template,
+            [dict(m) for m in messages],
+            add_generation_prompt=True,
+            bos_token=self.tokenizer.bos_token,
+            eos_token=self.tokenizer.eos_token,
+        )
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def stream(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[RequestOutput]:
+        """Like `generate`, but gives every request's state whenever it has grown."""
+        return self.run(self._add(list(prompts), [params] * len(prompts)))
+
+    def run(self, streams: Sequence[RequestStream]) -> Iterator[RequestOutput]:
+        """Step the engine until these requests are finished; a request's output whenever it changed."""
+        live = {stream.request_id: stream for stream in streams}
+        try:
+            while live:
+                changed: dict[str, RequestStream] = {}
+                for event in self.engine.step():
+                    stream = live.get(event.sequence.request.request_id)
+                    if stream is not None:
+                        stream.take(event, self.engine)
+                        changed[stream.request_id] = stream
+                for stream in changed.values():
+                    output = stream.output()
+                    if output.finished:
+                        del live[stream.request_id]
+                    yield output
+        finally:
+            for request_id in live:
+                self.engine.abort(request_id)
+
+    def _add(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[RequestStream]:
+        added: list[RequestStream] = []
+        try:
+            for prompt, one in zip(prompts, params, strict=True):
+                text = prompt if isinstance(prompt, str) else None
+                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                request = self.engine.add(f"request-{next(self._ids)}", ids, one)
+                added.append(RequestStream(request, text, self.tokenizer, time.monotonic))
+        except BaseException:
+            for stream in added:
+                self.engine.abort(stream.request_id)
+            raise
+        return added
+
+    def close(self) -> None:
+        """Give the device back. Idempotent; also done at the end of a `with` block."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    many = list(prompts)
+    if many and all(isinstance(p, int) for p in many):
+        return [many]  # type: ignore[list-item]
+    return many  # type: ignore[return-value]
+
+
+def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise RequestError(f"{len(params)} sampling parameters were given for {count} prompts; give one each")
+    return list(params)
+
+
+@contextmanager
+def _loading(name: str, show: bool) -> Iterator[Any]:
+    if not show:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _generating(count: int, show: bool) -> Iterator[Any]:
+    if not show:
+        yield lambda tokens: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("generating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:.0f} tokens/s"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("", total=count, speed=0.0)
+        start, total = time.monotonic(), 0
+
+        def advance(tokens: int) -> None:
+            nonlocal total
+            total += tokens
+            bar.update(task, advance=1, speed=total / max(time.monotonic() - start, 1e-9))
+
+        yield advance

@@ -1,0 +1,167 @@
+"""How much KV cache to allocate: cache groups from a model's layers, and blocks from a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from core.block_manager import CacheGroup
+from core.contract.errors import ConfigError, UnsupportedError
+from core.contract.interfaces import MemoryAllocator
+from core.contract.spec import BackendSpec
+from core.contract.types import CacheGroupSpec, CacheLayerSpec, CachePlan
+
+GroupKey = tuple[Literal["paged", "window", "state"], int | None]
+
+
+@dataclass(frozen=True)
+class CacheBudget:
+    """A plan and what it buys: total bytes, tokens of full attention, and requests at full length."""
+
+    plan: CachePlan
+    num_bytes: int
+    num_tokens: int
+    full_requests: float
+
+
+def choose_block_size(spec: BackendSpec, wanted: int | None) -> int:
+    """The wanted block size if the backend allows it, else its preferred one.
+
+    Raises:
+        UnsupportedError: the backend does not allow the wanted size.
+    """
+    allowed = spec.cache.block_sizes
+    if wanted is None:
+        return allowed[0]
+    if wanted not in allowed:
+        raise UnsupportedError(
+            f"block size {wanted} is not one that backend {spec.name!r} allows; choose from {sorted(allowed)}"
+        )
+    return wanted
+
+
+def check_layers(spec: BackendSpec, layers: tuple[CacheLayerSpec, ...]) -> None:
+    """Refuse caches that the backend does not declare.
+
+    Raises:
+        UnsupportedError: names the backend, what was asked, and what it declares.
+    """
+    for layer in layers:
+        sizes = spec.attention.head_sizes
+        if layer.kind == "latent" and not spec.attention.latent:
+            raise UnsupportedError(f"backend {spec.name!r} does not declare latent attention; choose another")
+        if layer.kind == "window" and not spec.attention.window:
+            raise UnsupportedError(f"backend {spec.name!r} does not declare window attention; choose another")
+        if layer.kind == "state" and not spec.state_kinds:
+            raise UnsupportedError(f"backend {spec.name!r} does not declare state layers; choose another")
+        if sizes and layer.kind in ("paged", "window") and layer.head_size not in sizes:
+            raise UnsupportedError(
+                f"the model's head size is {layer.head_size}; backend {spec.name!r} has {sorted(sizes)}"
+            )
+
+
+def _group_key(layer: CacheLayerSpec) -> GroupKey:
+    if layer.kind == "window":
+        return "window", layer.window
+    return ("state", None) if layer.kind == "state" else ("paged", None)
+
+
+def plan_cache(
+    spec: BackendSpec,
+    allocator: MemoryAllocator,
+    layers: tuple[CacheLayerSpec, ...],
+    *,
+    block_size: int,
+    max_requests: int,
+    max_model_len: int,
+    budget_bytes: int,
+    num_blocks: int | None = None,
+    checkpoints: int | None = None,
+) -> CacheBudget:
+    """Groups and pool sizes that fit `budget_bytes`, and never more than all requests at full length can use
+    twice.
+
+    `num_blocks` fixes the size of full-attention pools; `checkpoints` the state slots beyond one per request.
+
+    Raises:
+        ConfigError: the budget does not hold one request at full length; names what would.
+    """
+    keys = list(dict.fromkeys(_group_key(layer) for layer in layers))
+    group_of = tuple(keys.index(_group_key(layer)) for layer in layers)
+    per_request = -(-max_model_len // block_size)
+    groups = []
+    for g, (kind, window) in enumerate(keys):
+        members = tuple(i for i, of in enumerate(group_of) if of == g)
+        if kind == "state":
+            size = 1 + max_requests + (2 * max_requests if checkpoints is None else checkpoints)
+        else:
+            size = 1 + _wanted_blocks(per_request, block_size, window, max_requests)
+        groups.append(
+            CacheGroupSpec(kind=kind, layers=members, block_size=block_size, num_blocks=size, window=window)
+        )
+    plan = CachePlan(layers=layers, groups=tuple(groups), group_of=group_of, max_requests=max_requests)
+    if num_blocks is None:
+        num_blocks = _fit(allocator, plan, budget_bytes, per_request, spec.cache.num_blocks_multiple)
+    plan = _with_blocks(plan, num_blocks)
+    tokens = (num_blocks - 1) * block_size
+    return CacheBudget(plan, plan_bytes(allocator, plan), tokens, tokens / max_model_len)
+
+
+def _wanted_blocks(per_request: int, block_size: int, window: int | None, max_requests: int) -> int:
+    if window is not None:
+        per_request = min(per_request, -(-window // block_size) + 2)
+    return per_request * max_requests
+
+
+def plan_bytes(allocator: MemoryAllocator, plan: CachePlan) -> int:
+    """Device memory that the plan's caches take, in bytes."""
+    return sum(
+        allocator.block_bytes(layer, plan.groups[g].block_size) * plan.groups[g].num_blocks
+        for layer, g in zip(plan.layers, plan.group_of, strict=True)
+    )
+
+
+def _with_blocks(plan: CachePlan, num_blocks: int) -> CachePlan:
+    """The plan with full-attention pools of `num_blocks`, and window pools of no more."""
+    groups = tuple(
+        g
+        if g.kind == "state"
+        else replace(g, num_blocks=num_blocks if g.kind == "paged" else min(g.num_blocks, num_blocks))
+        for g in plan.groups
+    )
+    return replace(plan, groups=groups)
+
+
+def _fit(allocator: MemoryAllocator, plan: CachePlan, budget: int, per_request: int, multiple: int) -> int:
+    """The largest number of blocks that the budget holds, at most what all requests can use."""
+    most = max((g.num_blocks for g in plan.groups if g.kind != "state"), default=per_request + 1)
+    low, high = 0, -(-most // multiple)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if plan_bytes(allocator, _with_blocks(plan, middle * multiple)) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    blocks = low * multiple
+    if blocks < per_request + 1:
+        needed = plan_bytes(allocator, _with_blocks(plan, -(-(per_request + 1) // multiple) * multiple))
+        raise ConfigError(
+            f"the KV cache budget of {budget / 2**20:.1f} MiB does not hold one request of full length, "
+            "which needs "
+            f"{needed / 2**20:.1f} MiB; raise the budget or lower max_model_len"
+        )
+    return blocks
+
+
+def block_groups(plan: CachePlan) -> tuple[CacheGroup, ...]:
+    """The block manager's view of a plan."""
+    return tuple(
+        CacheGroup(
+            kind=g.kind,
+            layers=g.layers,
+            block_size=g.block_size,
+            num_blocks=g.num_blocks,
+            window=g.window,
+        )
+        for g in plan.groups
+    )

@@ -1,0 +1,52 @@
+"""What a finished or running request has produced; named as users of other engines know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RequestMetrics:
+    """Times of a request in seconds since it was added (None = not reached), and how it ran.
+
+    Attributes:
+        first_token_s: until its first token. total_s: until its end.
+    """
+
+    first_token_s: float | None
+    total_s: float | None
+    num_preemptions: int
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One continuation.
+
+    Attributes:
+        finish_reason: "stop", "length", "abort", "deadline"; None while it runs.
+        stop_reason: the stop id or text that ended it; None for the model's own end of sequence.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request and its continuations.
+
+    Attributes:
+        prompt: the text, or None where ids were given.
+        num_cached_tokens: prompt tokens found in the prefix cache.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool
+    num_cached_tokens: int
+    metrics: RequestMetrics

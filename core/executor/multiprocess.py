@@ -1,0 +1,220 @@
+"""A process per rank. Commands and results are msgpack bytes over pipes; every rank gets every step.
+
+A worker process answers each command with ("ok", value) or ("error", kind, sentence, traceback). The first
+failure of any rank
+ends all of them and is raised in the engine with the rank's own sentence.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import numpy as np
+
+from core.block_manager import BlockCopy
+from core.contract import errors
+from core.contract.batch import Int32, StepBatch, StepLayout
+from core.contract.errors import CoreError, DeviceError
+from core.contract.types import Bucket, SampledTokens, SamplingBatch
+from core.engine.config import EngineConfig
+from core.engine.memory import CacheBudget
+from core.executor.rank import Executor, RankPlace, RankReport, RankWorker
+from core.executor.wire import decode, encode
+from core.plugins import BackendHandle, Plugins
+from core.weights.checkpoint import open_checkpoint
+from core.weights.loader import Progress
+
+
+class MultiprocessExecutor(Executor):
+    """Runs `config.tensor_parallel` ranks in processes of their own."""
+
+    def __init__(self, config: EngineConfig, backend: BackendHandle, max_model_len: int) -> None:
+        self._config = config
+        context = multiprocessing.get_context("spawn")
+        rendezvous = f"tcp://127.0.0.1:{_free_port()}"
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        for rank in range(config.tensor_parallel):
+            ours, theirs = context.Pipe()
+            place = RankPlace(rank, config.tensor_parallel, rendezvous)
+            process = context.Process(
+                target=_worker_main,
+                args=(theirs, encode((config, backend.name, place, max_model_len))),
+                name=f"core-rank-{rank}",
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def load(self, progress: Progress | None) -> RankReport:
+        """See Executor."""
+        reports: list[RankReport] = self._call("load")
+        return min(reports, key=lambda r: r.free_bytes)
+
+    def allocate(self, budget_bytes: int, block_size: int, max_model_len: int) -> CacheBudget:
+        """See Executor."""
+        budgets: list[CacheBudget] = self._call("allocate", budget_bytes, block_size, max_model_len)
+        return budgets[0]
+
+    def host_buffer(self, size: int) -> Int32:
+        """See Executor."""
+        return np.zeros(size, np.int32)
+
+    def warm(self, buckets: Sequence[Bucket]) -> None:
+        """See Executor."""
+        self._call("warm", tuple(buckets))
+
+    def submit(self, batch: StepBatch, sampling: SamplingBatch, copies: Sequence[BlockCopy]) -> None:
+        """See Executor."""
+        counts = (batch.num_tokens, batch.num_requests, batch.num_decodes, batch.num_samples)
+        self._send("submit", batch.step_id, batch.bucket, counts, batch.flat, sampling, tuple(copies))
+
+    def wait(self, step_id: int) -> SampledTokens:
+        """See Executor."""
+        results: list[SampledTokens] = self._call("wait", step_id)
+        return results[0]
+
+    def close(self) -> None:
+        """See Executor."""
+        for pipe in self._pipes:
+            try:
+                pipe.send_bytes(encode(("close",)))
+            except OSError:
+                continue
+        for process in self._processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._pipes, self._processes = [], []
+
+    def _send(self, command: str, *arguments: Any) -> None:
+        message = encode((command, *arguments))
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send_bytes(message)
+            except OSError as error:
+                raise self._fail(rank, f"does not take commands ({error})") from error
+
+    def _call(self, command: str, *arguments: Any) -> list[Any]:
+        self._send(command, *arguments)
+        return [self._receive(rank) for rank in range(len(self._pipes))]
+
+    def _receive(self, rank: int) -> Any:
+        try:
+            answer = decode(self._pipes[rank].recv_bytes())
+        except (EOFError, OSError) as error:
+            code = self._processes[rank].exitcode
+            raise self._fail(rank, f"ended without an answer (exit status {code})") from error
+        if answer[0] == "ok":
+            return answer[1]
+        _, kind, sentence, trace = answer
+        known = getattr(errors, kind, None)
+        is_plain = (
+            isinstance(known, type) and issubclass(known, CoreError) and known is not errors.OutOfMemoryError
+        )
+        failure: CoreError = known(sentence) if is_plain else DeviceError(sentence)  # type: ignore[misc]
+        failure.add_note(f"in rank {rank}:\n{trace}")
+        self._kill()
+        raise failure
+
+    def _fail(self, rank: int, what: str) -> DeviceError:
+        self._kill()
+        return DeviceError(f"rank {rank} {what}; see its messages above, then start the engine again")
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _worker_main(pipe: Connection, setup: bytes) -> None:
+    """A worker process: answer commands until the pipe closes."""
+    worker: _Worker | None = None
+    while True:
+        try:
+            command, *arguments = decode(pipe.recv_bytes())
+        except (EOFError, OSError):
+            break
+        if command == "close":
+            break
+        try:
+            worker = worker or _Worker(setup)
+            result = getattr(worker, f"do_{command}")(*arguments)
+        except Exception as error:
+            sentence = str(error) if isinstance(error, CoreError) else f"{type(error).__name__}: {error}"
+            pipe.send_bytes(encode(("error", type(error).__name__, sentence, traceback.format_exc())))
+            continue
+        if command != "submit":
+            pipe.send_bytes(encode(("ok", result)))
+    if worker is not None:
+        worker.close()
+
+
+class _Worker:
+    """Commands of a worker process."""
+
+    def __init__(self, setup: bytes) -> None:
+        self._config, name, place, self._max_model_len = decode(setup)
+        plugins = Plugins()
+        plugins.load()
+        backend = plugins.backend(name)
+        self._rules = backend.spec.batch
+        self._rank = RankWorker(self._config, backend, place)
+        self._failed: dict[int, Exception] = {}
+
+    def do_load(self) -> RankReport:
+        checkpoint = open_checkpoint(self._config.model)
+        try:
+            return self._rank.load(checkpoint, self._max_model_len)
+        finally:
+            checkpoint.close()
+
+    def do_allocate(self, budget_bytes: int, block_size: int, max_model_len: int) -> CacheBudget:
+        budget = self._rank.allocate(budget_bytes, block_size, max_model_len)
+        self._plan = budget.plan
+        return budget
+
+    def do_warm(self, buckets: tuple[Bucket, ...]) -> None:
+        self._rank.runner.warm(buckets)
+
+    def do_submit(
+        self,
+        step_id: int,
+        bucket: Bucket,
+        counts: tuple[int, int, int, int],
+        flat: Int32,
+        sampling: SamplingBatch,
+        copies: tuple[BlockCopy, ...],
+    ) -> None:
+        # A step that fails here is answered for when it is waited for, so commands and answers stay in step.
+        try:
+            layout = StepLayout.of(bucket, self._plan, self._rules)
+            batch = StepBatch(step_id, layout, self._plan, flat.copy(), *counts)
+            self._rank.runner.submit(batch, sampling, copies)
+        except Exception as error:
+            self._failed[step_id] = error
+
+    def do_wait(self, step_id: int) -> SampledTokens:
+        if step_id in self._failed:
+            raise self._failed.pop(step_id)
+        return self._rank.runner.wait(step_id)
+
+    def close(self) -> None:
+        self._rank.close()

@@ -1,0 +1,217 @@
+"""One rank: opens a device, loads its share of the model, allocates caches, runs steps. The same in every
+executor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from core.block_manager import BlockCopy
+from core.contract.batch import Int32, StepBatch
+from core.contract.errors import PluginError, UnsupportedError
+from core.contract.interfaces import Communicator
+from core.contract.ops import inherited_ops
+from core.contract.requests import (
+    AllocatorRequest,
+    CommunicatorRequest,
+    DeviceRequest,
+    OpsRequest,
+    SamplerRequest,
+)
+from core.contract.types import Bucket, SampledTokens, SamplingBatch
+from core.engine.config import EngineConfig, resolve_dtype
+from core.engine.memory import CacheBudget, check_layers, plan_cache
+from core.models import ModelDefinition, definition
+from core.models.config import ModelConfig
+from core.parallel.sharding import Shard
+from core.parallel.tensor_parallel import TensorParallelOps
+from core.plugins import BackendHandle
+from core.runner.runner import Runner
+from core.weights.checkpoint import Checkpoint
+from core.weights.loader import LoadedModel, Progress, load_model
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Which of the model's ranks this is, and where they meet."""
+
+    rank: int = 0
+    world_size: int = 1
+    rendezvous: str = ""
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What a rank tells after loading: free device bytes, bytes of weights, inherited composites."""
+
+    free_bytes: int
+    weight_bytes: int
+    inherited: tuple[str, ...]
+
+
+def read_model(checkpoint: Checkpoint) -> tuple[ModelDefinition, ModelConfig]:
+    """The definition and global configuration of a checkpoint.
+
+    Raises:
+        ConfigError: an architecture or option that is not known.
+    """
+    hf = checkpoint.config()
+    model = definition(hf)
+    return model, model.adapt(model.config(hf), checkpoint.names())
+
+
+class RankWorker:
+    """One rank's device, model and runner. Open, load, allocate, then submit and wait."""
+
+    def __init__(self, config: EngineConfig, backend: BackendHandle, place: RankPlace) -> None:
+        self._config = config
+        self._backend = backend
+        self._place = place
+        self._runner: Runner | None = None
+        self._communicator: Communicator | None = None
+        self._model: LoadedModel | None = None
+        self.device = backend.open_device(
+            DeviceRequest(
+                index=config.device + place.rank,
+                rank=place.rank,
+                world_size=place.world_size,
+                num_threads=config.num_threads,
+                options=config.backend_options,
+            )
+        )
+        self._allocator = backend.memory_allocator(AllocatorRequest(device=self.device))
+
+    def load(
+        self, checkpoint: Checkpoint, max_model_len: int, progress: Progress | None = None
+    ) -> RankReport:
+        """Join the other ranks and bring this rank's share of the model to the device."""
+        spec, place = self._backend.spec, self._place
+        model, c = read_model(checkpoint)
+        local = c.local(place.world_size)
+        self._dtype = resolve_dtype(spec, self._config.dtype, c.dtype)
+        check_layers(spec, model.cache_layers(local, self._dtype))
+        if c.moe is not None and not spec.routed_experts:
+            raise UnsupportedError(f"backend {spec.name!r} does not declare routed experts; choose another")
+        ops = self._backend.ops(OpsRequest(device=self.device, dtype=self._dtype))
+        report = inherited_ops(ops)
+        if place.world_size > 1:
+            self._communicator = self._join()
+            ops = TensorParallelOps(ops, self._communicator)
+        self._ops = ops
+        before = self._allocator.used_bytes()
+        self._model = load_model(
+            model,
+            c,
+            checkpoint,
+            self._allocator.pack,
+            dtype=self._dtype,
+            max_length=max_model_len,
+            shard=Shard(place.rank, place.world_size),
+            progress=progress,
+        )
+        self._layers = model.cache_layers(local, self._dtype)
+        self._vocab_size = c.vocab_size
+        return RankReport(self.device.memory().free_bytes, self._allocator.used_bytes() - before, report)
+
+    def _join(self) -> Communicator:
+        spec, place = self._backend.spec, self._place
+        if spec.max_world_size < place.world_size:
+            raise UnsupportedError(
+                f"backend {spec.name!r} runs {spec.max_world_size} ranks at most, {place.world_size} were "
+                "asked for"
+            )
+        return self._backend.communicator(
+            CommunicatorRequest(
+                device=self.device,
+                group="tp",
+                rank=place.rank,
+                world_size=place.world_size,
+                rendezvous=place.rendezvous,
+            )
+        )
+
+    def allocate(self, budget_bytes: int, block_size: int, max_model_len: int) -> CacheBudget:
+        """Allocate caches within the budget and make the runner; returns what was planned."""
+        config, spec = self._config, self._backend.spec
+        if self._model is None:
+            raise PluginError("allocate was called before load")
+        budget = plan_cache(
+            spec,
+            self._allocator,
+            self._layers,
+            block_size=block_size,
+            max_requests=config.max_requests,
+            max_model_len=max_model_len,
+            budget_bytes=budget_bytes,
+            num_blocks=config.num_blocks,
+        )
+        sampler = (
+            self._backend.sampler(SamplerRequest(device=self.device, vocab_size=self._vocab_size))
+            if spec.device_sampler
+            else None
+        )
+        self._runner = Runner(
+            compile=self._backend.compile,
+            device=self.device,
+            allocator=self._allocator,
+            ops=self._ops,
+            sampler=sampler,
+            fn=self._model.fn,
+            weights=self._model.weights,
+            plan=budget.plan,
+            rules=spec.batch,
+        )
+        return budget
+
+    @property
+    def runner(self) -> Runner:
+        """The runner, once caches are allocated."""
+        if self._runner is None:
+            raise PluginError("the rank's caches are not allocated yet")
+        return self._runner
+
+    def close(self) -> None:
+        """Give device memory back and leave the group."""
+        if self._runner is not None:
+            self._runner.close()
+        if self._communicator is not None:
+            self._communicator.close()
+        self.device.close()
+
+
+HostBuffer = Callable[[int], Int32]
+
+
+class Executor:
+    """What the engine drives: all ranks of a model as one. `InlineExecutor` and `MultiprocessExecutor`
+    implement it.
+    """
+
+    def load(self, progress: Progress | None) -> RankReport:
+        """Load every rank; the report with the least free memory."""
+        raise NotImplementedError
+
+    def allocate(self, budget_bytes: int, block_size: int, max_model_len: int) -> CacheBudget:
+        """Allocate every rank's caches with one plan."""
+        raise NotImplementedError
+
+    def host_buffer(self, size: int) -> Int32:
+        """A buffer for batches, int32 [size]."""
+        raise NotImplementedError
+
+    def warm(self, buckets: Sequence[Bucket]) -> None:
+        """Compile buckets on every rank."""
+        raise NotImplementedError
+
+    def submit(self, batch: StepBatch, sampling: SamplingBatch, copies: Sequence[BlockCopy]) -> None:
+        """Queue a step on every rank."""
+        raise NotImplementedError
+
+    def wait(self, step_id: int) -> SampledTokens:
+        """The first rank's tokens, once all ranks are done with the step."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End every rank. Idempotent."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Topology and sharding rules: how a model is divided among ranks."""

@@ -1,0 +1,113 @@
+"""The runner of one rank: programs by bucket, and the device's state between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from core.block_manager import BlockCopy
+from core.contract.batch import StepBatch, StepLayout
+from core.contract.errors import DeviceError
+from core.contract.interfaces import (
+    CompileRequest,
+    Device,
+    DeviceTokens,
+    MemoryAllocator,
+    Program,
+    Sampler,
+    StepFunction,
+)
+from core.contract.ops import Ops
+from core.contract.spec import BatchRules
+from core.contract.types import Bucket, CachePlan, Packed, SampledTokens, SamplingBatch
+from core.sampling.reference import sample as reference_sample
+
+Compile = Callable[[CompileRequest], Program]
+
+
+class Runner:
+    """Submits steps to one device in order and waits for them in order. Holds the only reference to its
+    state.
+    """
+
+    def __init__(
+        self,
+        *,
+        compile: Compile,
+        device: Device,
+        allocator: MemoryAllocator,
+        ops: Ops,
+        sampler: Sampler | None,
+        fn: StepFunction,
+        weights: tuple[Packed, ...],
+        plan: CachePlan,
+        rules: BatchRules,
+    ) -> None:
+        self._compile = compile
+        self._device = device
+        self._allocator = allocator
+        self._ops = ops
+        self._sampler = sampler
+        self._fn = fn
+        self._weights = weights
+        self._plan = plan
+        self._rules = rules
+        self._programs: dict[Bucket, Program] = {}
+        self._pending: dict[int, DeviceTokens] = {}
+        self._state = allocator.allocate_state(plan)
+
+    @property
+    def num_programs(self) -> int:
+        """Buckets compiled so far."""
+        return len(self._programs)
+
+    def _program(self, layout: StepLayout) -> Program:
+        program = self._programs.get(layout.bucket)
+        if program is None:
+            program = self._compile(
+                CompileRequest(
+                    device=self._device,
+                    fn=self._fn,
+                    ops=self._ops,
+                    weights=self._weights,
+                    state=self._state,
+                    layout=layout,
+                    plan=self._plan,
+                    sampler=self._sampler,
+                    reference_sampler=reference_sample,
+                )
+            )
+            self._programs[layout.bucket] = program
+        return program
+
+    def warm(self, buckets: Iterable[Bucket]) -> None:
+        """Compile these buckets before serving."""
+        for bucket in buckets:
+            program = self._program(StepLayout.of(bucket, self._plan, self._rules))
+            self._state = program.warm(self._state)
+
+    def submit(self, batch: StepBatch, sampling: SamplingBatch, copies: Sequence[BlockCopy]) -> None:
+        """Queue a step on the device: block copies, forward pass, sampling."""
+        for group in sorted({c.group for c in copies}):
+            pairs = [(c.src, c.dst) for c in copies if c.group == group]
+            self._state = self._allocator.copy_blocks(
+                self._state, group, [src for src, _ in pairs], [dst for _, dst in pairs]
+            )
+        tokens, self._state = self._program(batch.layout).run_and_sample(batch, sampling, self._state)
+        self._pending[batch.step_id] = tokens
+
+    def wait(self, step_id: int) -> SampledTokens:
+        """Tokens of a submitted step; int32 [num_samples].
+
+        Raises:
+            DeviceError: the step failed, or was never submitted.
+        """
+        tokens = self._pending.pop(step_id, None)
+        if tokens is None:
+            raise DeviceError(f"step {step_id} was not submitted to this runner")
+        return tokens.get()
+
+    def close(self) -> None:
+        """Give the state back. The device stays open."""
+        self._pending.clear()
+        self._programs.clear()
+        self._allocator.free_state(self._state)

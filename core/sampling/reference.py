@@ -1,0 +1,90 @@
+"""The reference sampler: logits and parameters to tokens, on the host.
+
+token = argmax over allowed v of logit[v] / T + Gumbel(u), so a draw is a function of the request's seed and
+the token's
+position alone. u comes from Philox4x32-10 (Salmon et al., 2011) with key = the 64-bit seed and counter =
+(position,
+choice, v // 4, purpose), lane v % 4. Allowed are, in order: the `top_k` largest logits; of these the most
+likely ones whose
+probabilities (after the temperature) sum to at least `top_p`; of these the ones at least `min_p` times as
+likely as the
+best. Equal values rank by lower id first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from core.contract.types import SampledTokens, SamplingBatch
+
+Float32 = npt.NDArray[np.float32]
+UInt32 = npt.NDArray[np.uint32]
+
+SAMPLE, DRAFT, ACCEPT, RESIDUAL = 0, 1, 2, 3
+"""Purposes of a draw: the fourth word of the counter."""
+
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+
+
+def philox(counter: UInt32, key: tuple[int, int]) -> UInt32:
+    """Philox4x32-10: counter uint32 [n, 4], key two 32-bit words (low first) -> uint32 [n, 4]."""
+    c = counter.astype(np.uint64)
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c[:, 0] * _MULTIPLIERS[0], c[:, 2] * _MULTIPLIERS[1]
+        c = np.stack(
+            [
+                (p1 >> np.uint64(32)) ^ c[:, 1] ^ np.uint64(k0),
+                p1 & _LOW,
+                (p0 >> np.uint64(32)) ^ c[:, 3] ^ np.uint64(k1),
+                p0 & _LOW,
+            ],
+            axis=1,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
+    return c.astype(np.uint32)
+
+
+def gumbel(seed: int, position: int, choice: int, vocab_size: int, purpose: int = SAMPLE) -> Float32:
+    """Gumbel noise for every token id of one draw: float32 [vocab_size]."""
+    blocks = -(-vocab_size // 4)
+    counter = np.empty((blocks, 4), np.uint32)
+    counter[:, 0], counter[:, 1], counter[:, 3] = position, choice, purpose
+    counter[:, 2] = np.arange(blocks)
+    bits = philox(counter, (seed & 0xFFFFFFFF, seed >> 32)).reshape(-1)[:vocab_size]
+    u = np.minimum(((bits.astype(np.float64) + 0.5) * 2.0**-32).astype(np.float32), np.float32(1 - 2.0**-24))
+    noise: Float32 = -np.log(-np.log1p(-u))
+    return noise
+
+
+def allowed(scaled: Float32, top_k: int, top_p: float, min_p: float) -> npt.NDArray[np.bool_]:
+    """Which ids may be drawn: scaled logits float32 [V] -> bool [V]. At least one id is allowed."""
+    keep = np.ones(len(scaled), np.bool_)
+    if 0 < top_k < len(scaled) or top_p < 1:
+        order = np.argsort(-scaled, kind="stable")
+        if 0 < top_k < len(scaled):
+            keep[order[top_k:]] = False
+            order = order[:top_k]
+        if top_p < 1:
+            p = np.exp((scaled[order] - scaled[order[0]]).astype(np.float64))
+            before = np.cumsum(p) - p
+            keep[order[before >= top_p * p.sum()]] = False
+    if min_p > 0:
+        keep &= scaled >= scaled.max() + np.log(min_p)
+    return keep
+
+
+def sample(logits: Float32, sampling: SamplingBatch) -> SampledTokens:
+    """Draw one token per row: logits float32 [n, V] -> SampledTokens with tokens int32 [n]."""
+    tokens = logits.argmax(-1).astype(np.int32)
+    for i in np.flatnonzero(np.asarray(sampling.temperature) > 0):
+        scaled = logits[i] / np.float32(sampling.temperature[i])
+        keep = allowed(scaled, int(sampling.top_k[i]), float(sampling.top_p[i]), float(sampling.min_p[i]))
+        noise = gumbel(
+            int(sampling.seed[i]), int(sampling.position[i]), int(sampling.choice[i]), logits.shape[1]
+        )
+        tokens[i] = np.argmax(np.where(keep, scaled + noise, -np.inf))
+    return SampledTokens(tokens)

@@ -1,0 +1,18 @@
+"""What runs in the next step; pure Python and numpy."""
+
+from core.scheduler.plan import Checkpoint, PrefillRow, StepPlan
+from core.scheduler.scheduler import Event, Scheduler, SchedulerConfig
+from core.scheduler.sequence import Request, Sequence, SlotTable, Status
+
+__all__ = [
+    "Checkpoint",
+    "Event",
+    "PrefillRow",
+    "Request",
+    "Scheduler",
+    "SchedulerConfig",
+    "Sequence",
+    "SlotTable",
+    "Status",
+    "StepPlan",
+]

@@ -1,0 +1,149 @@
+"""From a checkpoint to a model on a device: checks, reads the rank's slices, packs, and closes the step
+function.
+
+Everything is checked before the first byte is packed: every part exists with the right shape, and nothing is
+left over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from core.weights.checkpoint import Checkpoint
+
+from core.contract.batch import Step
+from core.contract.errors import WeightError
+from core.contract.interfaces import StepFunction
+from core.contract.ops import Ops
+from core.contract.types import Array, CacheHandle, Packed, PackRequest, Param, Part
+from core.models.base import Constant, ModelDefinition, leaves, map_tree, rope_table
+from core.models.config import ModelConfig
+from core.parallel.sharding import Shard, mark
+
+Progress = Callable[[int, int], None]
+"""progress(bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model on a device: its local configuration, packed weights and the step function over them."""
+
+    config: ModelConfig
+    weights: tuple[Packed, ...]
+    fn: StepFunction
+
+
+def check_checkpoint(definition: ModelDefinition, c: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Hold the checkpoint against the model's parameters.
+
+    Raises:
+        WeightError: a tensor is missing, has the wrong shape, or is not the model's; names file, tensor,
+        found, wanted.
+    """
+    names = set(checkpoint.names())
+    used: set[str] = set()
+    for leaf in leaves(definition.params(c)):
+        for part in leaf.parts if isinstance(leaf, Param) else ():
+            used.add(part.name)
+            if part.name not in names:
+                raise WeightError(f"{checkpoint.path} has no tensor {part.name!r} of shape {part.shape}")
+            found = checkpoint.shape(part.name)
+            start = part.start or (0,) * len(part.shape)
+            fits = len(found) == len(part.shape) and all(
+                s + n <= f if part.start else n == f for s, n, f in zip(start, part.shape, found, strict=True)
+            )
+            if not fits:
+                raise WeightError(
+                    f"{checkpoint.path}: tensor {part.name!r} has shape {found}, but the config "
+                    f"wants {part.shape}{f' from {part.start}' if part.start else ''}"
+                )
+    surplus = sorted(n for n in names - used if not definition.ignored(c, n))
+    if surplus:
+        raise WeightError(
+            f"{checkpoint.path} has {len(surplus)} tensors that {c.architecture} does not use, "
+            f"first {surplus[0]!r}; check that config.json belongs to these weights"
+        )
+
+
+def load_model(
+    definition: ModelDefinition,
+    c: ModelConfig,
+    checkpoint: Checkpoint,
+    pack: Callable[[PackRequest], Packed],
+    *,
+    dtype: str,
+    max_length: int,
+    shard: Shard | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Read, cut and pack every parameter of `c` (global); `max_length` positions of rotary tables.
+
+    Raises:
+        WeightError: as `check_checkpoint`. OutOfMemoryError: the device is full.
+    """
+    shard = shard or Shard()
+    local = c.local(shard.world_size)
+    check_checkpoint(definition, c, checkpoint)
+    tree = definition.params(c)
+    order = leaves(tree)
+    sizes = [_num_bytes(leaf, checkpoint) for leaf in order]
+    done, packed = 0, []
+    for leaf, size in zip(order, sizes, strict=True):
+        if isinstance(leaf, Constant):
+            table = rope_table(leaf.rope, max_length)
+            packed.append(pack(PackRequest(array=table, uses=("constant",), dtype=dtype, name=leaf.name)))
+        else:
+            array = read_param(checkpoint, leaf, shard)
+            packed.append(
+                pack(PackRequest(array=array, uses=leaf.uses, dtype=dtype, name=leaf.parts[0].name))
+            )
+        done += size
+        if progress is not None:
+            progress(done, sum(sizes))
+    return LoadedModel(local, tuple(packed), step_function(definition, local, tree, shard))
+
+
+def step_function(definition: ModelDefinition, local: ModelConfig, tree: Any, shard: Shard) -> StepFunction:
+    """The model as a function of (ops, packed weights in `leaves` order, caches, step)."""
+    index = {leaf: i for i, leaf in enumerate(leaves(tree))}
+
+    def fn(
+        ops: Ops, weights: tuple[Packed, ...], caches: tuple[CacheHandle, ...], step: Step
+    ) -> tuple[Array, tuple[CacheHandle, ...]]:
+        def array(leaf: Param | Constant) -> Any:
+            packed = weights[index[leaf]]
+            return mark(leaf, packed, shard) if isinstance(leaf, Param) else packed
+
+        w = map_tree(array, tree)
+        h, caches = definition.forward(ops, local, w, caches, step)
+        return definition.head(ops, local, w, h, step), caches
+
+    return fn
+
+
+def _num_bytes(leaf: Param | Constant, checkpoint: Checkpoint) -> int:
+    return sum(checkpoint.nbytes(p.name) for p in leaf.parts) if isinstance(leaf, Param) else 0
+
+
+def read_param(checkpoint: Checkpoint, param: Param, shard: Shard) -> npt.NDArray[Any]:
+    """This rank's share of a parameter: parts cut one by one, then joined (and stacked)."""
+    arrays = [read_part(checkpoint, part, shard.ranges(part)) for part in param.parts]
+    if not param.stack:
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, param.join)
+    size = len(arrays) // param.stack
+    groups = [arrays[i : i + size] for i in range(0, len(arrays), size)]
+    return np.stack([g[0] if size == 1 else np.concatenate(g, param.join) for g in groups])
+
+
+def read_part(checkpoint: Checkpoint, part: Part, ranges: tuple[slice, ...]) -> npt.NDArray[Any]:
+    """A slice of a part; `ranges` are relative to the part."""
+    start = part.start or (0,) * len(part.shape)
+    index = tuple(slice(s + r.start, s + r.stop) for s, r in zip(start, ranges, strict=True))
+    array = checkpoint.read(part.name, index)
+    if part.transform == "add_one":
+        array = array.astype(np.promote_types(array.dtype, np.float32)) + 1
+    return array

@@ -162,7 +162,7 @@ class CpuAllocator:
         self._device.check_open()
         if request.scheme:
             raise UnsupportedError(
-                f"{request.name} is quantized with {request.scheme!r}; backend 'cpu' takes plain dtypes only: "
+                f"{request.name} is quantized with {request.scheme!r}; this backend takes plain dtypes only; "
                 "choose an unquantized checkpoint"
             )
         dtype = torch_dtype(request.dtype, request.name)

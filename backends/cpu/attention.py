@@ -144,7 +144,7 @@ def explicit_attention(
     spec: AttentionSpec,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [b, N, n, H], k [b, K, L, H], v [b, K, L, Hv] -> (out [b, N, n, Hv] in q's dtype, lse float32 [b, N, n])."""
+    """q [b, N, n, H], k [b, K, L, H], v [b, K, L, Hv] -> (out [b, N, n, Hv], lse float32 [b, N, n])."""
     b, N, n, _ = q.shape
     k, v = k.float(), v.float()
     piece = max(1, MAX_SCORES // (b * N * k.shape[2]))

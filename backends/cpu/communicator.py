@@ -1,4 +1,4 @@
-"""Collectives through gloo. Each group has a store and a process group of its own: no default group is made."""
+"""Collectives through gloo. Each group has a store and a process group of its own, never a default one."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class GlooCommunicator:
         """
         if x.shape[dim] % self.world_size:
             raise ConfigError(
-                f"reduce_scatter of shape {tuple(x.shape)} along dimension {dim} over {self.world_size} members: "
-                "pad the dimension to a multiple of them"
+                f"reduce_scatter of shape {tuple(x.shape)} along dimension {dim} over {self.world_size} "
+                "members: pad the dimension to a multiple of them"
             )
         wide = _summable(torch.stack(x.chunk(self.world_size, dim)))  # [world_size, ...]
         received = torch.empty_like(wide)

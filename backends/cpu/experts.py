@@ -76,7 +76,7 @@ def experts(
     spec: ExpertsSpec,
     slot_of_expert: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See `core.contract.ops.Ops.experts`. Each expert multiplies the rows that chose it; sums are float32."""
+    """See `core.contract.ops.Ops.experts`. An expert multiplies the rows that chose it; sums are float32."""
     slots = ids.flatten().long()  # [T * top_k]
     if slot_of_expert is not None:
         slots = slot_of_expert.long()[slots]

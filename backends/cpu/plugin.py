@@ -49,6 +49,7 @@ SPEC = BackendSpec(
         q_scale=True,
         lse=True,
         latent=True,
+        max_decode_queries=16,
     ),
     state_kinds=("gated_delta",),
     routed_experts=True,

@@ -40,8 +40,8 @@ class CpuSampler:
             return Done(SampledTokens(_argmax(logits)))
         if self._reference is None:
             raise UnsupportedError(
-                "backend 'cpu' draws greedy rows only by itself; sample through `Program.sample`, which hands "
-                "the others to the reference sampler"
+                "backend 'cpu' draws greedy rows only by itself; sample through `Program.sample`, which "
+                "hands the others to the reference sampler"
             )
         if sampling.logprobs is not None or not greedy.any():
             return Done(self._reference(to_numpy(logits.float()), sampling))

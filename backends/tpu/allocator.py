@@ -1,7 +1,7 @@
 """Device memory of one model: cache arrays per layer, state slots, and weights as jax arrays.
 
 Every change of a cache donates the old arrays, so that the compiler may write in place. Index lists are
-padded to a power of two with an index past the end, which is dropped: one compilation serves many list lengths.
+padded to a power of two with an index past the end, which is dropped: one compilation serves many lengths.
 """
 
 from __future__ import annotations

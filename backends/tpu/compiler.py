@@ -87,8 +87,8 @@ class TpuProgram:
         output, state = self.run(batch, state)
         with device_errors("warming up"):
             if output.values.ndim == 2:
-                _, last = self._greedy(output.values, output.flat, state.last)
-                state = state._replace(last=last)
+                tokens, last = self._greedy(output.values, output.flat, state.last)
+                state = state._replace(last=self._store(tokens, output.flat, last))
             jax.block_until_ready(state)  # type: ignore[no-untyped-call]
         return state
 

@@ -164,7 +164,7 @@ class BatchBuilder:
             view[r] = blocks[: view.shape[1]]
             v[f"slots.{g}"][token : token + row.count] = blocks[positions // size] * size + positions % size
         for g in self._state:
-            v[f"state_read.{g}"][r] = self._blocks.state_source(row.slot, g)
+            v[f"state_read.{g}"][r] = self._blocks.state_source(row.slot, g, row.start)
             v[f"state_write.{g}"][r] = self._blocks.state_slots[g][row.slot]
 
     def _sampling(self, slots: Int32) -> SamplingBatch:

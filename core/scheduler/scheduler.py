@@ -245,6 +245,11 @@ class Scheduler:
         """Id of the step to wait for next; None where none is in flight."""
         return self._in_flight[0].step_id if self._in_flight else None
 
+    @property
+    def _newest_step(self) -> int | None:
+        """Id of the step submitted last, the fence for what is given back now; None where none is in flight."""
+        return self._in_flight[-1].step_id if self._in_flight else None
+
     def take_events(self) -> list[Event]:
         """Events since the last call, in order."""
         events, self._events = self._events, []
@@ -404,7 +409,7 @@ class Scheduler:
             self._prefilling.remove(sequence)
         else:
             self._decode = self._decode[self._decode != slot]
-        fence = self._in_flight[-1].step_id if self._in_flight else None
+        fence = self._newest_step
         self.blocks.free(slot, fence=fence)
         self.table.close(slot)
         self._free_slot(slot, fence)
@@ -535,4 +540,4 @@ class Scheduler:
         for i in np.flatnonzero(after // self._commit_size > before // self._commit_size):
             slot, end = int(slots[i]), int(after[i])
             self.blocks.commit(slot, self.table.tokens[slot, :end], end)
-            self.blocks.trim_window(slot, end)
+            self.blocks.trim_window(slot, end, self._newest_step)

@@ -1,26 +1,26 @@
-"""Plugins: discovery, version gate, selection, tracing; one typed method per hook.
+"""Discovery, version gate, selection and tracing of plugins; one typed method per hook.
 
-Nothing is silent: a plugin that cannot be used is remembered with its reason, shown by `core doctor`, and an
-error, with its
-root cause, once it is asked for by name. Backends are called one by one by name, so the order of registration
-never matters.
+Plugins are entry points of two groups: `core.backends`, and `core.plugins` for everything else. Loading
+imports each of them once; one that can't be used becomes a `LoadFailure` and disturbs no other. A backend is
+chosen by name before any of its factory hooks is called, and hooks are called on that plugin alone, so the
+order of registration decides nothing. There is no current backend: several serve one process side by side.
 """
 
 from __future__ import annotations
 
 import difflib
-import sys
+import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, cast
+from typing import Any, Literal
 
 import pluggy
 
-from core.contract import CONTRACT, OLDEST_MINOR
-from core.contract.errors import ContractVersionError, CoreError, PluginError, UnsupportedError
-from core.contract.hookspecs import OPTIONAL_HOOKS, PROJECT, REQUIRED_HOOKS, BackendHooks, OptionalHooks
+from core import env
+from core.contract import CONTRACT, OLDEST_MINOR, hookspecs
+from core.contract.errors import ContractVersionError, PluginError
 from core.contract.interfaces import (
     AttentionKernel,
     Communicator,
@@ -30,7 +30,6 @@ from core.contract.interfaces import (
     Observer,
     Program,
     Sampler,
-    StepFunction,
 )
 from core.contract.ops import Ops
 from core.contract.requests import (
@@ -50,23 +49,27 @@ from core.contract.requests import (
 )
 from core.contract.spec import BackendSpec
 from core.contract.types import DeviceInfo, Unavailable
-from core.env import debug_level, disabled_plugins
 
-BACKENDS, ADDONS = "core.backends", "core.plugins"
+Group = Literal["core.backends", "core.plugins"]
+BACKENDS: Group = "core.backends"
+ADDONS: Group = "core.plugins"
+HOOKS = hookspecs.REQUIRED_HOOKS + hookspecs.OPTIONAL_HOOKS
+
+log = logging.getLogger("core.plugins")
 
 
 @dataclass(frozen=True)
 class LoadFailure:
-    """A plugin that cannot be used, and why, in one sentence."""
+    """A plugin that can't be used: its entry point's name, why (one sentence), and the root cause."""
 
     name: str
     reason: str
-    error: Exception
+    error: BaseException = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The backend that was chosen, its devices, and why."""
+    """The chosen backend, the devices that its probe gave (at least one), and why it was chosen."""
 
     spec: BackendSpec
     devices: tuple[DeviceInfo, ...]
@@ -74,330 +77,497 @@ class Selection:
 
 
 class Plugins:
-    """The plugins of one process. `load` looks for installed ones; `register` adds one by hand.
+    """All plugins of a process.
 
     Args:
-        contract, oldest_minor: the window of contract versions to accept.
+        contract, oldest_minor: the window of contract versions that load.
+        disabled: names that are not loaded; None = what the environment says.
+        trace: log each hook call with its duration to stderr; None = at debug level 2 and above.
     """
 
-    def __init__(self, *, contract: tuple[int, int] = CONTRACT, oldest_minor: int = OLDEST_MINOR) -> None:
+    def __init__(
+        self,
+        *,
+        contract: tuple[int, int] = CONTRACT,
+        oldest_minor: int = OLDEST_MINOR,
+        disabled: frozenset[str] | None = None,
+        trace: bool | None = None,
+    ) -> None:
         self._contract = contract
         self._oldest_minor = oldest_minor
-        self._manager = pluggy.PluginManager(PROJECT)
-        self._manager.add_hookspecs(BackendHooks)
-        self._manager.add_hookspecs(OptionalHooks)
+        self._disabled = env.disabled_plugins() if disabled is None else disabled
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs.BackendHooks)
+        self._manager.add_hookspecs(hookspecs.OptionalHooks)
         self._specs: dict[str, BackendSpec] = {}
+        self._addons: set[str] = set()
         self._failures: dict[str, LoadFailure] = {}
-        if debug_level() >= 2:
-            self._manager.add_hookcall_monitoring(*_Tracer().callbacks)
+        self._loaded = False
+        self._trace = env.debug_level() >= 2 if trace is None else trace
+        if self._trace:
+            _log_to_stderr()
 
     def load(self) -> None:
-        """Register every installed plugin that is not disabled. One that fails does not disturb the others."""
-        disabled = disabled_plugins()
-        for group in (BACKENDS, ADDONS):
-            for entry in sorted(entry_points(group=group), key=lambda e: e.name):
-                if entry.name not in disabled:
-                    self._load_entry(entry, is_backend=group == BACKENDS)
+        """Import and register every entry point that is not disabled. A second call does nothing.
 
-    def _load_entry(self, entry: EntryPoint, *, is_backend: bool) -> None:
-        try:
-            plugin = entry.load()
-        except Exception as error:
-            self._fail(entry.name, f"importing {entry.value} failed: {type(error).__name__}: {error}", error)
+        Raises nothing for a plugin that can't be used: `failures` lists it, and asking for it by name raises.
+        """
+        if self._loaded:
             return
-        try:
-            self.register(entry.name, plugin, is_backend=is_backend)
-        except CoreError as error:
-            self._fail(entry.name, str(error), error)
+        self._loaded = True
+        found: dict[str, list[tuple[Group, EntryPoint]]] = {}
+        for group in (BACKENDS, ADDONS):
+            for point in entry_points(group=group):
+                found.setdefault(point.name, []).append((group, point))
+        for name in sorted(found.keys() - self._disabled):
+            try:
+                group, point = _only(name, found[name])
+                self._admit(_import(name, point), name, group)
+            except PluginError as error:
+                self._failures[name] = LoadFailure(name, str(error), error)
+        self._manager.check_pending()
 
-    def _fail(self, name: str, reason: str, error: Exception) -> None:
-        self._failures[name] = LoadFailure(name, reason, error)
-
-    def register(self, name: str, plugin: object, *, is_backend: bool = True) -> None:
-        """Add a plugin: a module, or an object with hook implementations.
+    def register_backend(self, plugin: object, name: str) -> BackendHandle:
+        """Add a backend that is not installed: a module or object with hook implementations.
 
         Raises:
-            PluginError: a hook's name or signature is wrong, a required one is missing, or the name is taken.
-            ContractVersionError: it was built for a contract outside the window.
+            PluginError: it can't be used, or the name is taken. ContractVersionError: it was built for a
+                contract outside the window.
         """
-        if self._manager.has_plugin(name):
-            raise PluginError(f"two plugins are named {name!r}; uninstall or disable one of them")
-        self._check_hook_names(name, plugin)
-        try:
-            self._manager.register(plugin, name)
-            self._manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            self._manager.unregister(name=name)
-            raise PluginError(f"plugin {name!r}: {error}") from error
-        if is_backend:
-            try:
-                self._specs[name] = self._accept(name, plugin)
-            except CoreError:
-                self._manager.unregister(name=name)
-                raise
+        self._admit(plugin, name, BACKENDS)
+        self._manager.check_pending()
+        return self.backend(name)
 
-    def _check_hook_names(self, name: str, plugin: object) -> None:
-        known = (*REQUIRED_HOOKS, *OPTIONAL_HOOKS)
-        for attribute in dir(plugin):
-            is_hook = self._manager.parse_hookimpl_opts(plugin, attribute) is not None
-            if is_hook and attribute not in known:
-                close = difflib.get_close_matches(attribute, known, 1)
-                hint = f"did you mean {close[0]!r}?" if close else f"hooks are {', '.join(known)}"
-                raise PluginError(f"plugin {name!r} implements {attribute!r}, which is no hook; {hint}")
-
-    def _accept(self, name: str, plugin: object) -> BackendSpec:
-        missing = [hook for hook in REQUIRED_HOOKS if not self._implements(name, hook)]
-        if missing:
-            raise PluginError(f"backend {name!r} does not implement {', '.join(missing)}; implement them")
-        try:
-            spec = cast(
-                BackendSpec, self._call(name, "core_backend_spec", SpecRequest(contract=self._contract))
-            )
-        except Exception as error:
-            raise PluginError(f"backend {name!r}: core_backend_spec failed: {error}") from error
-        if not isinstance(spec, BackendSpec):
-            raise PluginError(
-                f"backend {name!r}: core_backend_spec gave a {type(spec).__name__}; return a BackendSpec"
-            )
-        self._check_version(name, spec.contract)
-        if spec.name != name:
-            raise PluginError(
-                f"backend {name!r} calls itself {spec.name!r}; make the entry point and the spec agree"
-            )
-        return spec
-
-    def _check_version(self, name: str, built_for: tuple[int, int]) -> None:
-        major, minor = self._contract
-        if built_for[0] == major and self._oldest_minor <= built_for[1] <= minor:
-            return
-        newer = built_for > self._contract
-        fix = "upgrade core" if newer else f"install a version of {name!r} built for a newer contract"
-        raise ContractVersionError(
-            f"plugin {name!r} was built for contract {built_for[0]}.{built_for[1]}, but this core loads "
-            f"{major}.{self._oldest_minor} to {major}.{minor}; {fix}"
-        )
+    def register_addon(self, plugin: object, name: str) -> None:
+        """Add an add-on that is not installed. Raises as `register_backend`."""
+        self._admit(plugin, name, ADDONS)
+        self._manager.check_pending()
 
     @property
     def failures(self) -> tuple[LoadFailure, ...]:
-        """Plugins that cannot be used, by name."""
+        """Plugins that can't be used, by name."""
         return tuple(self._failures[name] for name in sorted(self._failures))
 
+    @property
+    def addons(self) -> tuple[str, ...]:
+        """Names of the add-ons in use, ascending."""
+        return tuple(sorted(self._addons))
+
     def specs(self) -> tuple[BackendSpec, ...]:
-        """Every usable backend, by name."""
+        """What every usable backend declares, by name."""
         return tuple(self._specs[name] for name in sorted(self._specs))
 
-    def backend(self, name: str) -> BackendHandle:
-        """A backend by name.
+    def spec(self, name: str) -> BackendSpec:
+        """What one backend declares.
 
         Raises:
-            PluginError: it is not installed, is disabled, or failed to load (with its root cause).
+            PluginError: it is unknown or disabled, or it failed to load; the root cause is `__cause__`.
         """
-        self._require(name)
-        return BackendHandle(self, self._specs[name])
-
-    def _require(self, name: str) -> None:
         if name in self._specs:
-            return
+            return self._specs[name]
         if name in self._failures:
             failure = self._failures[name]
+            raise PluginError(f"backend {name!r} can't be used: {failure.reason}") from _root(failure.error)
+        if name in self._disabled:
             raise PluginError(
-                f"backend {name!r} was asked for but cannot be used: {failure.reason}"
-            ) from failure.error
-        if name in disabled_plugins():
-            raise PluginError(
-                f"backend {name!r} is disabled by CORE_DISABLE_PLUGINS; take it out of that list"
+                f"backend {name!r} is disabled by {env.DISABLE.name}; take it out of that list to use it"
             )
-        have = ", ".join(sorted(self._specs)) or "none"
+        known = ", ".join(sorted(self._specs)) or "none"
         raise PluginError(
-            f"backend {name!r} is not installed; installed are {have}; try pip install 'core[{name}]'"
+            f"no backend is named {name!r}; installed: {known}{_nearest(name, self._specs)}; choose one of "
+            "them or install the distribution that brings it"
         )
 
-    def select(self, name: str = "auto") -> Selection:
-        """The backend to use: by name, or the highest `auto_rank` whose probe gives devices.
+    def backend(self, name: str) -> BackendHandle:
+        """A handle whose methods call this backend's hooks. Raises as `spec`."""
+        return BackendHandle(self, name, self.spec(name))
+
+    def select(self, name: str = "auto", request: ProbeRequest | None = None) -> Selection:
+        """The backend to use: by name, or with "auto" the highest `auto_rank` whose probe gives devices.
 
         Raises:
-            PluginError: the named one cannot be used or has no device, two are tied, or there is none.
+            PluginError: the named backend can't be used or has no device; with "auto", none has a device, or
+                two of the same rank have.
         """
-        if name != "auto":
-            self._require(name)
-            found = self.probe(name, ProbeRequest())
-            if isinstance(found, Unavailable):
-                raise PluginError(f"backend {name!r} has no device: {found.reason}. {found.remedy}".rstrip())
-            return Selection(self._specs[name], tuple(found), "asked for by name")
-        return self._select_auto()
+        request = request or ProbeRequest()
+        if name == "auto":
+            return self._select_auto(request)
+        spec, found = self.spec(name), self.probe(name, request)
+        if isinstance(found, Unavailable):
+            raise PluginError(f"backend {name!r} has no device: {_why(found)}")
+        return Selection(spec, found, "asked for by name")
 
-    def _select_auto(self) -> Selection:
-        reasons: list[str] = []
-        best: list[Selection] = []
-        ranked = [(s.auto_rank, s) for s in self.specs() if s.auto_rank is not None]
-        for rank, spec in sorted(ranked, key=lambda pair: -pair[0]):
-            if best and rank < (best[0].spec.auto_rank or 0):
-                break
-            found = self.probe(spec.name, ProbeRequest())
-            if isinstance(found, Unavailable):
-                reasons.append(f"{spec.name}: {found.reason}")
-                continue
-            passed = f"; passed over {'; '.join(reasons)}" if reasons else ""
-            best.append(Selection(spec, tuple(found), f"highest rank with a device, {rank}{passed}"))
-        if len(best) > 1:
-            names = " and ".join(repr(s.spec.name) for s in best)
-            raise PluginError(f"backends {names} have the same rank; choose one with backend=")
-        if not best:
-            reasons += [f"{f.name}: {f.reason}" for f in self.failures]
-            raise PluginError(
-                f"no backend can be chosen automatically ({'; '.join(reasons) or 'none is installed'}); "
-                "install one, for example pip install 'core[cpu]', or name one with backend="
-            )
-        return best[0]
+    def probe(self, name: str, request: ProbeRequest | None = None) -> tuple[DeviceInfo, ...] | Unavailable:
+        """Devices of one backend, at least one, or why there are none.
 
-    # One method per hook. The first argument names the backend.
-
-    def probe(self, name: str, request: ProbeRequest) -> list[DeviceInfo] | Unavailable:
-        """`core_probe`; a probe that raises counts as Unavailable with its error as the reason."""
-        self._require(name)
+        Raises:
+            PluginError: the probe raised, or gave something else.
+        """
         try:
-            found = self._call(name, "core_probe", request)
+            found = self._one(name, "core_probe", request or ProbeRequest())
+        except PluginError:
+            raise
         except Exception as error:
-            return Unavailable(f"the probe failed: {type(error).__name__}: {error}")
+            raise PluginError(
+                f"core_probe of backend {name!r} raised {_text(error)}; it should have returned Unavailable "
+                "with a reason: report it to the plugin's authors"
+            ) from error
         if isinstance(found, Unavailable):
             return found
-        return list(found) if found else Unavailable("the probe found no device")
+        if not isinstance(found, (list, tuple)) or not found:
+            raise PluginError(
+                f"core_probe of backend {name!r} returned {found!r} in place of devices or Unavailable; "
+                "report it to the plugin's authors"
+            )
+        return tuple(found)
 
     def open_device(self, name: str, request: DeviceRequest) -> Device:
-        """`core_open_device`."""
-        return cast(Device, self._selected(name, "core_open_device", request))
+        """See `core_open_device`."""
+        device: Device = self._one(name, "core_open_device", request)
+        return device
 
     def memory_allocator(self, name: str, request: AllocatorRequest) -> MemoryAllocator:
-        """`core_memory_allocator`."""
-        return cast(MemoryAllocator, self._selected(name, "core_memory_allocator", request))
+        """See `core_memory_allocator`."""
+        allocator: MemoryAllocator = self._one(name, "core_memory_allocator", request)
+        return allocator
 
     def ops(self, name: str, request: OpsRequest) -> Ops:
-        """`core_ops`."""
-        return cast(Ops, self._selected(name, "core_ops", request))
+        """See `core_ops`."""
+        table: Ops = self._one(name, "core_ops", request)
+        return table
 
     def compile(self, name: str, request: CompileRequest) -> Program:
-        """`core_compile`."""
-        return cast(Program, self._selected(name, "core_compile", request))
+        """See `core_compile`."""
+        program: Program = self._one(name, "core_compile", request)
+        return program
 
     def communicator(self, name: str, request: CommunicatorRequest) -> Communicator:
-        """`core_communicator`. Raises UnsupportedError where the backend has none."""
-        self._require(name)
-        if not self._implements(name, "core_communicator"):
-            raise UnsupportedError(
-                f"backend {name!r} has no communicator, so it runs one rank only; use tensor_parallel=1"
-            )
-        return cast(Communicator, self._selected(name, "core_communicator", request))
+        """See `core_communicator`.
+
+        Raises:
+            PluginError: the backend has no such hook.
+        """
+        communicator: Communicator = self._one(name, "core_communicator", request)
+        return communicator
 
     def sampler(self, name: str, request: SamplerRequest) -> Sampler | None:
-        """`core_sampler`; None where the backend has none."""
-        self._require(name)
-        return cast("Sampler | None", self._optional(name, "core_sampler", request))
+        """See `core_sampler`; None where the backend has no such hook."""
+        sampler: Sampler | None = self._maybe(name, "core_sampler", request)
+        return sampler
 
-    def attention_kernels(self, request: AttentionKernelRequest) -> list[tuple[str, AttentionKernel]]:
-        """`core_attention_kernel` of every plugin: (plugin's name, kernel) by name."""
-        return [
-            (name, cast(AttentionKernel, kernel))
-            for name, kernel in self._each("core_attention_kernel", request)
-            if kernel is not None
-        ]
+    def attention_kernels(
+        self, name: str, request: AttentionKernelRequest
+    ) -> tuple[tuple[str, AttentionKernel], ...]:
+        """Offers for a cache layer on one backend: (plugin, kernel), the backend's own first, then the
+        add-ons' by name. Which one runs is the caller's stored choice.
+        """
+        self.spec(name)
+        offers = ((p, self._maybe(p, "core_attention_kernel", request)) for p in (name, *self.addons))
+        return tuple((plugin, kernel) for plugin, kernel in offers if kernel is not None)
 
-    def model_override(self, name: str, request: OverrideRequest) -> StepFunction | None:
-        """`core_model_override`; None where the backend has none for this model."""
-        self._require(name)
-        return cast("StepFunction | None", self._optional(name, "core_model_override", request))
+    def model_override(self, name: str, request: OverrideRequest) -> Any | None:
+        """See `core_model_override`; None where the backend has none for this model."""
+        return self._maybe(name, "core_model_override", request)
 
     def conformance(self, name: str, request: ConformanceRequest) -> ConformanceExtras:
-        """`core_conformance`; empty where the backend has none."""
-        self._require(name)
-        return cast(
-            ConformanceExtras, self._optional(name, "core_conformance", request) or ConformanceExtras()
-        )
+        """See `core_conformance`; nothing extra where the backend has no such hook."""
+        extras: ConformanceExtras | None = self._maybe(name, "core_conformance", request)
+        return extras or ConformanceExtras()
 
     def cli(self, app: Any) -> None:
-        """`core_cli` of every plugin."""
-        self._each("core_cli", CliRequest(app=app))
+        """Let every plugin add commands to `app`. One that raises is logged and becomes a `LoadFailure`."""
+        for name in (*sorted(self._specs), *self.addons):
+            try:
+                self._maybe(name, "core_cli", CliRequest(app=app))
+            except Exception as error:
+                reason = f"core_cli of plugin {name!r} raised {_text(error)}; its commands are missing"
+                self._failures.setdefault(name, LoadFailure(name, reason, error))
+                log.warning("%s", reason)
 
-    def observers(self, request: ObserverRequest) -> list[Observer]:
-        """`core_observer` of every plugin, in one list."""
-        each = self._each("core_observer", request)
-        return [o for _, some in each for o in cast("Sequence[Observer]", some)]
+    def observers(self, request: ObserverRequest) -> tuple[Observer, ...]:
+        """Callbacks of every plugin, by the plugin's name."""
+        out: list[Observer] = []
+        for name in sorted((*self._specs, *self._addons)):
+            given: Sequence[Observer] | None = self._maybe(name, "core_observer", request)
+            out += given or ()
+        return tuple(out)
 
-    def _implements(self, name: str, hook: str) -> bool:
-        return any(c.name == hook for c in self._manager.get_hookcallers(self._plugin(name)) or ())
+    def _select_auto(self, request: ProbeRequest) -> Selection:
+        ranked = sorted((s for s in self.specs() if s.auto_rank is not None), key=lambda s: -_rank(s))
+        skipped: list[str] = []
+        best: list[tuple[BackendSpec, tuple[DeviceInfo, ...]]] = []
+        for spec in ranked:
+            if best and _rank(spec) < _rank(best[0][0]):
+                break
+            try:
+                found = self.probe(spec.name, request)
+            except PluginError as error:
+                found = Unavailable(str(error))
+            if isinstance(found, Unavailable):
+                skipped.append(f"{spec.name}: {_why(found)}")
+            else:
+                best.append((spec, found))
+        if not best:
+            skipped += [f"{f.name}: {f.reason}" for f in self.failures]
+            by_name = [s.name for s in self.specs() if s.auto_rank is None]
+            also = f"; only by name: {', '.join(by_name)}" if by_name else ""
+            tried = "; ".join(skipped) or "none is installed"
+            raise PluginError(f"no backend has a device ({tried}{also}); name one, or install one that has")
+        if len(best) > 1:
+            names = ", ".join(spec.name for spec, _ in best)
+            raise PluginError(
+                f"backends {names} have devices and the same rank {best[0][0].auto_rank}; name the one to use"
+            )
+        spec, devices = best[0]
+        reasons = [f"auto: rank {spec.auto_rank} is the highest with a device"]
+        reasons += [f"passed over {why}" for why in skipped]
+        if self.failures:
+            reasons.append(f"not loaded: {', '.join(f.name for f in self.failures)} (core doctor says why)")
+        return Selection(spec, devices, "; ".join(reasons))
 
-    def _plugin(self, name: str) -> object:
-        return self._manager.get_plugin(name)
+    def _admit(self, plugin: object, name: str, group: Group) -> None:
+        """Register and check one plugin; leaves nothing behind where it can't be used.
 
-    def _selected(self, name: str, hook: str, request: object) -> object:
-        self._require(name)
-        found = self._call(name, hook, request)
-        if found is None:
-            raise PluginError(f"backend {name!r}: {hook} gave nothing; it must return an object")
-        return found
+        The version is looked at before anything else: what a plugin of another contract lacks or has too
+        much follows from it.
+        """
+        if name in self._specs or name in self._addons:
+            raise PluginError(f"a plugin named {name!r} is registered already; give this one another name")
+        try:
+            self._manager.register(plugin, name)
+        except (pluggy.PluginValidationError, ValueError) as error:
+            self._forget(plugin)
+            raise PluginError(f"plugin {name!r} does not fit the hook specifications: {error}") from error
+        try:
+            spec = self._read_spec(plugin, name) if group == BACKENDS else None
+            self._check_version(name, spec.contract if spec else getattr(plugin, "CONTRACT", None))
+            self._check_hooks(plugin, name)
+            if spec:
+                self._check_backend(plugin, spec)
+        except PluginError:
+            self._forget(plugin)
+            raise
+        if spec:
+            self._specs[name] = spec
+        else:
+            self._addons.add(name)
 
-    def _optional(self, name: str, hook: str, request: object) -> object | None:
-        return self._call(name, hook, request) if self._implements(name, hook) else None
+    def _forget(self, plugin: object) -> None:
+        if self._manager.is_registered(plugin):
+            self._manager.unregister(plugin)
 
-    def _each(self, hook: str, request: object) -> list[tuple[str, object]]:
-        names = sorted(name for name, _ in self._manager.list_name_plugin())
-        return [(n, self._call(n, hook, request)) for n in names if self._implements(n, hook)]
+    def _read_spec(self, plugin: object, name: str) -> BackendSpec:
+        self._require(plugin, name, "core_backend_spec")
+        try:
+            spec = self._call(name, "core_backend_spec", SpecRequest(contract=self._contract))
+        except Exception as error:
+            raise PluginError(f"core_backend_spec of plugin {name!r} raised {_text(error)}") from error
+        if not isinstance(spec, BackendSpec):
+            raise PluginError(f"core_backend_spec of plugin {name!r} returned {spec!r}, not a BackendSpec")
+        return spec
+
+    def _check_version(self, name: str, built_for: tuple[int, int] | None) -> None:
+        major, minor = self._contract
+        ours = f"this core loads ({major}, {self._oldest_minor}) to ({major}, {minor})"
+        if built_for is None:
+            raise ContractVersionError(
+                f"plugin {name!r} states no contract version and {ours}; give it an attribute "
+                f"CONTRACT = ({major}, {minor})"
+            )
+        theirs = f"plugin {name!r} was built for contract {tuple(built_for)!r}"
+        if tuple(built_for) > self._contract:
+            raise ContractVersionError(
+                f"{theirs} but {ours}; upgrade core, or install an older version of the plugin"
+            )
+        if tuple(built_for) < (major, self._oldest_minor):
+            raise ContractVersionError(
+                f"{theirs} but {ours}; install a newer version of the plugin, or an older core"
+            )
+
+    def _check_hooks(self, plugin: object, name: str) -> None:
+        """Every hook has a known name, takes exactly `request`, and is marked."""
+        marked = set()
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            impl = next(i for i in caller.get_hookimpls() if i.plugin is plugin)
+            marked.add(caller.name)
+            if not caller.has_spec():
+                raise PluginError(
+                    f"plugin {name!r} implements {caller.name!r}, which is no hook"
+                    f"{_nearest(caller.name, HOOKS)}; correct the name or remove it"
+                )
+            if tuple(impl.argnames) != ("request",):
+                raise PluginError(
+                    f"{caller.name} of plugin {name!r} takes ({', '.join(impl.argnames)}); "
+                    "it must take exactly (request)"
+                )
+        for hook in HOOKS:
+            if hook not in marked and callable(getattr(plugin, hook, None)):
+                raise PluginError(f"{hook} of plugin {name!r} is not marked; put @hookimpl on it")
+
+    def _check_backend(self, plugin: object, spec: BackendSpec) -> None:
+        name = self._manager.get_name(plugin) or ""
+        if spec.name != name:
+            raise PluginError(
+                f"backend {name!r} calls itself {spec.name!r}; give BackendSpec and entry point one name"
+            )
+        if name != name.lower() or name == "auto":
+            raise PluginError(f"{name!r} can't be a backend's name; use lower case, and not 'auto'")
+        for hook in hookspecs.REQUIRED_HOOKS:
+            self._require(plugin, name, hook)
+        if spec.device_sampler:
+            self._require(plugin, name, "core_sampler", " although it declares device_sampler")
+        if spec.max_world_size > 1:
+            declared = f" although it declares max_world_size {spec.max_world_size}"
+            self._require(plugin, name, "core_communicator", declared)
+
+    def _require(self, plugin: object, name: str, hook: str, although: str = "") -> None:
+        if not self._has(plugin, hook):
+            self._check_hooks(plugin, name)  # a misspelled or unmarked hook explains more than a missing one
+            raise PluginError(
+                f"plugin {name!r} does not implement the hook {hook}{although}; "
+                "implement it as docs/hooks.md says"
+            )
+
+    def _has(self, plugin: object, hook: str) -> bool:
+        caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
+        return any(impl.plugin is plugin for impl in caller.get_hookimpls())
+
+    def _one(self, name: str, hook: str, request: object) -> Any:
+        """Call a hook of one backend that must answer."""
+        self.spec(name)
+        self._require(self._manager.get_plugin(name), name, hook)
+        result = self._call(name, hook, request)
+        if result is None:
+            raise PluginError(f"{hook} of backend {name!r} returned None; report it to the plugin's authors")
+        return result
+
+    def _maybe(self, name: str, hook: str, request: object) -> Any | None:
+        """Call a hook of one plugin that may be absent or answer None."""
+        if name not in self._addons:
+            self.spec(name)
+        plugin = self._manager.get_plugin(name)
+        return self._call(name, hook, request) if self._has(plugin, hook) else None
 
     def _call(self, name: str, hook: str, request: object) -> Any:
-        """Call one plugin's implementation of a hook, through pluggy so that it is traced."""
-        chosen = self._plugin(name)
+        chosen = self._manager.get_plugin(name)
         others = [p for p in self._manager.get_plugins() if p is not chosen]
-        found = self._manager.subset_hook_caller(hook, others)(request=request)
-        return found[0] if found else None
+        call: Callable[..., list[Any]] = self._manager.subset_hook_caller(hook, others)
+        start = time.perf_counter()
+        outcome = "raised"
+        try:
+            results = call(request=request)
+            outcome = "returned"
+        finally:
+            if self._trace:
+                taken = (time.perf_counter() - start) * 1e3
+                log.debug("%s of %s %s after %.3f ms", hook, name, outcome, taken)
+        return results[0] if results else None
 
 
 @dataclass(frozen=True)
 class BackendHandle:
-    """One backend: its spec, and its hooks without the name argument."""
+    """One backend's hooks, bound to its name; methods as in `Plugins`."""
 
-    plugins: Plugins
+    plugins: Plugins = field(repr=False)
+    name: str
     spec: BackendSpec
 
-    @property
-    def name(self) -> str:
-        """The backend's name."""
-        return self.spec.name
+    def probe(self, request: ProbeRequest | None = None) -> tuple[DeviceInfo, ...] | Unavailable:
+        """See `Plugins.probe`."""
+        return self.plugins.probe(self.name, request)
 
     def open_device(self, request: DeviceRequest) -> Device:
-        """See Plugins."""
+        """See `Plugins.open_device`."""
         return self.plugins.open_device(self.name, request)
 
     def memory_allocator(self, request: AllocatorRequest) -> MemoryAllocator:
-        """See Plugins."""
+        """See `Plugins.memory_allocator`."""
         return self.plugins.memory_allocator(self.name, request)
 
     def ops(self, request: OpsRequest) -> Ops:
-        """See Plugins."""
+        """See `Plugins.ops`."""
         return self.plugins.ops(self.name, request)
 
     def compile(self, request: CompileRequest) -> Program:
-        """See Plugins."""
+        """See `Plugins.compile`."""
         return self.plugins.compile(self.name, request)
 
     def communicator(self, request: CommunicatorRequest) -> Communicator:
-        """See Plugins."""
+        """See `Plugins.communicator`."""
         return self.plugins.communicator(self.name, request)
 
     def sampler(self, request: SamplerRequest) -> Sampler | None:
-        """See Plugins."""
+        """See `Plugins.sampler`."""
         return self.plugins.sampler(self.name, request)
 
+    def attention_kernels(self, request: AttentionKernelRequest) -> tuple[tuple[str, AttentionKernel], ...]:
+        """See `Plugins.attention_kernels`."""
+        return self.plugins.attention_kernels(self.name, request)
 
-class _Tracer:
-    """Prints each hook call, its plugin and its time."""
+    def model_override(self, request: OverrideRequest) -> Any | None:
+        """See `Plugins.model_override`."""
+        return self.plugins.model_override(self.name, request)
 
-    def __init__(self) -> None:
-        self._starts: list[float] = []
-        self.callbacks: tuple[Callable[..., None], Callable[..., None]] = (self._before, self._after)
+    def conformance(self, request: ConformanceRequest) -> ConformanceExtras:
+        """See `Plugins.conformance`."""
+        return self.plugins.conformance(self.name, request)
 
-    def _before(self, hook: str, impls: Sequence[pluggy.HookImpl], _: object) -> None:
-        self._starts.append(time.perf_counter())
 
-    def _after(self, _: object, hook: str, impls: Sequence[pluggy.HookImpl], kwargs: object) -> None:
-        spent = time.perf_counter() - self._starts.pop()
-        names = ", ".join(i.plugin_name for i in impls)
-        sys.stderr.write(f"core: {hook} of {names} took {spent * 1e3:.2f} ms\n")
+def _only(name: str, points: list[tuple[Group, EntryPoint]]) -> tuple[Group, EntryPoint]:
+    if len(points) > 1:
+        places = ", ".join(f"{_distribution(p)} ({group}: {p.value})" for group, p in points)
+        raise PluginError(
+            f"{len(points)} plugins are named {name!r}: {places}; uninstall all but one, or disable the name"
+        )
+    return points[0]
+
+
+def _import(name: str, point: EntryPoint) -> object:
+    try:
+        plugin: object = point.load()
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f"plugin {name!r} of {_distribution(point)} failed to import {point.value}: {_text(error)}; "
+            f"repair or uninstall it, or disable it with {env.DISABLE.name}={name}"
+        ) from error
+    return plugin
+
+
+def _distribution(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, BackendSpec]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f", nearest is {matches[0]!r}" if matches else ""
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    at: BaseException | None = error
+    while at is not None:
+        yield at
+        at = at.__cause__
+
+
+def _root(error: BaseException) -> BaseException:
+    return list(_chain(error))[-1]
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _why(unavailable: Unavailable) -> str:
+    return "; ".join(part for part in (unavailable.reason, unavailable.remedy) if part)
+
+
+def _rank(spec: BackendSpec) -> int:
+    return -1 if spec.auto_rank is None else spec.auto_rank
+
+
+def _log_to_stderr() -> None:
+    log.setLevel(logging.DEBUG)
+    if not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        log.addHandler(handler)

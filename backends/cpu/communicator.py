@@ -127,8 +127,7 @@ class GlooCommunicator:
         group = self._group
         if group is None:
             raise DeviceError(f"{name} on {self._what}: the group is closed; make a new communicator")
-        with torch.inference_mode(False):
-            self._guard(name, lambda: start(group).wait())
+        self._guard(name, lambda: start(group).wait())
 
     def _guard(self, name: str, call: Callable[[], Any]) -> Any:
         try:

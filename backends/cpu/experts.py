@@ -27,7 +27,7 @@ def glu(x: torch.Tensor, activation: Activation, limit: float | None) -> torch.T
     """[..., 2F] -> [..., F] in float32 with one rounding; `limit` is that of "swigluoai"."""
     gate, up = x.float().chunk(2, -1)
     if activation != "swigluoai":
-        return (activate(gate, activation) * up).to(x.dtype)
+        return activate(gate, activation).mul_(up).to(x.dtype)
     if limit is not None:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return ((up + 1) * gate * torch.sigmoid(1.702 * gate)).to(x.dtype)

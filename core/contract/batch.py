@@ -1,8 +1,8 @@
 """One step's input: StepBatch on the host, Step on the device, and the layout that both share.
 
 The host side is one flat int32 buffer with a named view per field, so a step needs one copy in, graphs have
-fixed
-addresses and jit gets one argument. Fields of a layout, in order (T, R, B as in the bucket, g a cache group):
+fixed addresses and jit gets one argument. Fields of a layout, in order (T, R, B as in the bucket, g a cache
+group):
 
 | field | shape | meaning; value in padding |
 |---|---|---|
@@ -124,8 +124,8 @@ class StepBatch:
     for.
 
     Attributes:
-        step_id: ascending by one. num_tokens, num_requests, num_decodes, num_samples: real counts, the
-            rest is padding.
+        step_id: ascending by one. num_tokens, num_requests, num_decodes, num_samples: real counts, the rest
+            is padding.
         flat: int32 [layout.size], the device's host buffer. The views below share its memory.
         input_embeds: float32 [num_tokens, D] in place of ids (backends that declare `batch.input_embeds`).
     """
@@ -236,8 +236,8 @@ class Step:
         counts .. sample_slots: as in the module's table, int32 arrays of the backend.
         groups: one PagedStep or StateStep per cache group.
         last: `State.last` before this step.
-        host: the host batch, only in programs of backends that declare `host_batch`; traced code never
-            sees it.
+        host: the host batch, only in programs of backends that declare `host_batch`; traced code never sees
+            it.
         input_embeds: array [T, D], or None.
     """
 

@@ -1,16 +1,15 @@
 """Every hook: the manual for backend authors.
 
 A plugin is a module (or object) named by an entry point of the group `core.backends` (backends) or
-`core.plugins` (add-on
-attention kernels, observers, commands). Its hook implementations are functions marked with `@hookimpl`. Every
-hook takes
-exactly one argument, `request`, a frozen record; growth is a new defaulted field of that record.
+`core.plugins` (add-on attention kernels, observers, commands). Its hook implementations are functions marked
+with `@hookimpl`. Every hook takes exactly one argument, `request`, a frozen record; growth is a new defaulted
+field of that record. A backend states the contract version that it was built for in `BackendSpec.contract`,
+an add-on in an attribute `CONTRACT` of the module.
 
 For backends, all hooks marked *selected* are called on the chosen backend only, so registration order never
 matters.
 Required of a backend: core_backend_spec, core_probe, core_open_device, core_memory_allocator, core_ops,
-core_compile.
-A hook that core needs and that is absent is an error with its name.
+core_compile. A hook that core needs and that is absent is an error with its name.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """Typed Protocols of the objects that hooks return. The step loop calls these, never pluggy.
 
 Common rules. All calls on one device take effect in submission order. Calls marked *async* return before the
-device is
-done; `Pending.get()` waits. Objects are used by one thread. Errors: `OutOfMemoryError` when an allocation
-does not fit
-(nothing was allocated), `UnsupportedError` for what `BackendSpec` does not declare (before memory is
-touched),
-`DeviceError` for the device's own failure.
+device is done; `Pending.get()` waits. Objects are used by one thread. Errors: `OutOfMemoryError` when an
+allocation does not fit (nothing was allocated), `UnsupportedError` for what `BackendSpec` does not declare
+(before memory is touched), `DeviceError` for the device's own failure.
 """
 
 from __future__ import annotations
@@ -186,8 +183,7 @@ class Communicator(Protocol):
     """Collectives of one group. Value semantics: the result is returned, the input is undefined afterwards.
 
     Any size and any shape, 0 elements included; a backend pads where its library needs it. All members call
-    the same
-    methods in the same order.
+    the same methods in the same order.
     """
 
     @property
@@ -230,8 +226,7 @@ StepFunction = Callable[
     [Ops, tuple[Packed, ...], tuple[CacheHandle, ...], Step], tuple[Array, tuple[CacheHandle, ...]]
 ]
 """fn(ops, weights, caches, step) -> (logits float32 [R, V] of `sample_rows`, caches). Pure, traceable, no
-collectives
-beyond those in `ops`."""
+collectives beyond those in `ops`."""
 
 ReferenceSampler = Callable[[npt.NDArray[np.float32], SamplingBatch], SampledTokens]
 """Host sampler: logits float32 [n, V] and parameters to tokens."""

@@ -1,32 +1,26 @@
 """The op table: what a model may compute, with shapes, semantics, composites and error budgets.
 
 A backend's table subclasses `Ops` and implements every *plain* op. Each *fused* op is defined here by its
-composite of
-plain ops, which a table inherits until it has something faster; core counts and reports what is inherited.
-Arrays are the
-backend's own. Shapes: T tokens, N query heads, K KV heads, H head size, D model width, F MLP width, V
-vocabulary,
-E experts, C channels. Rows of padding hold finite values and are ignored by everyone.
+composite of plain ops, which a table inherits until it has something faster; core counts and reports what is
+inherited. Arrays are the backend's own. Shapes: T tokens, N query heads, K KV heads, H head size, D model
+width, F MLP width, V vocabulary, E experts, C channels. Rows of padding hold finite values and are ignored by
+everyone.
 
 Rules for all ops:
 - pure: no argument is changed, but caches (taken and returned) and `h` where an op says "may consume h";
 - the last dimension of an array may be assumed contiguous, nothing else (slices of a wider product are
   common);
 - sums of products, norms and softmax accumulate in float32 or wider; the result has the dtype of the first
-  array unless
-  said otherwise;
+  array unless said otherwise;
 - `h`, the hidden state between ops, is opaque: models pass it to ops and do no arithmetic on it;
 - weights `w` and `n` are what `pack` returned; norm weights, biases and tables may be wider than activations.
 
 Write, then attend: an op that takes a cache first writes this step's entries at `slots` (or advances the
-state), then
-reads, and returns the handle. `step.groups[g]` for the handle's group holds tables and slots.
+state), then reads, and returns the handle. `step.groups[g]` for the handle's group holds tables and slots.
 
 Budget: `Op.reduces` names the lengths of the sums behind each output element and `Op.roundings` counts
-roundings to the
-activation dtype between input and output; with the unit round-offs of accumulator and dtype they give the
-per-element
-bound (docs/conformance/tolerance.md, rule A).
+roundings to the activation dtype between input and output; with the unit round-offs of accumulator and dtype
+they give the per-element bound (docs/conformance/tolerance.md, rule A).
 """
 
 from __future__ import annotations
@@ -155,13 +149,10 @@ class Ops:
         lse, cache).
 
         Query head n reads KV head n // (N / K). The query at position p of row r sees keys j of its row with
-        j <= p
-        (causal), p - j < window, j // chunk == p // chunk; score = scale * q . k, soft-capped where asked;
-        softmax over
-        them, plus exp(sinks[n]) in the denominator. A query that sees no key gives 0 and lse -inf. `k` and
-        `v` None:
-        nothing is written; the cache is another layer's. lse float32 [T, N], natural logarithm, sinks
-        included.
+        j <= p (causal), p - j < window, j // chunk == p // chunk; score = scale * q . k, soft-capped where
+        asked; softmax over them, plus exp(sinks[n]) in the denominator. A query that sees no key gives 0 and
+        lse -inf, sinks or not. `k` and `v` None: nothing is written; the cache is another layer's. lse float32 [T, N],
+        natural logarithm, sinks included.
         """
         raise _missing(self, "attend")
 
@@ -182,11 +173,9 @@ class Ops:
         """Multi-head latent attention (DeepSeek-V2, 2024), causal.
 
         Writes latent [T, C] and k_rope [T, P] at `slots`. q_nope [T, N, Hn], q_rope [T, N, P]; w_k [N, Hn, C]
-        and
-        w_v [N, Hv, C] are stored [N * Hn, C] and [N * Hv, C]. With keys c_j, r_j of the row up to p:
+        and w_v [N, Hv, C] are stored [N * Hn, C] and [N * Hv, C]. With keys c_j, r_j of the row up to p:
         score_j = scale * (q_nope . (w_k c_j) + q_rope . r_j); out = w_v (sum_j softmax_j c_j) -> [T, N, Hv].
-        Multiplying
-        q by w_k first ("absorbed") or expanding keys first is the backend's choice.
+        Multiplying q by w_k first ("absorbed") or expanding keys first is the backend's choice.
         """
         raise _missing(self, "attend_latent")
 
@@ -197,8 +186,7 @@ class Ops:
         """Causal depthwise convolution over each row's tokens: x [T, C], w [C, W] -> ([T, C], cache).
 
         y_t = activation(bias + sum_i w[:, i] * x_{t - W + 1 + i}); inputs before the row's first token of
-        this step come
-        from the state part "conv" [C, W - 1] (oldest first), zeros at a row's beginning.
+        this step come from the state part "conv" [C, W - 1] (oldest first), zeros at a row's beginning.
         """
         raise _missing(self, "short_conv")
 
@@ -220,10 +208,9 @@ class Ops:
         float32.
 
         q, k [T, K, Hk], v [T, N, Hv], a, b [T, N], a_log, dt_bias [N]; head n reads k head n // (N / K). q
-        and k are
-        L2-normalised where the spec says, q is scaled. With decay g = -exp(a_log) * softplus(a + dt_bias) and
-        beta = sigmoid(b), per head and token: S *= exp(g); S += k (beta * (v - k S))^T; out = q S -> [T, N,
-        Hv].
+        and k are L2-normalised where the spec says, q is scaled. With decay g = -exp(a_log) * softplus(a +
+        dt_bias) and beta = sigmoid(b), per head and token: S *= exp(g); S += k (beta * (v - k S))^T; out = q
+        S -> [T, N, Hv].
         """
         raise _missing(self, "state_scan")
 
@@ -248,8 +235,8 @@ class Ops:
         """Sum over each token's experts of weight * down(glu(gate_up(x))): x [T, D] -> [T, D].
 
         `slot_of_expert` int32 [E]: where an expert lies in `packed` (None = at its id; -1 = not on this rank,
-        adds 0).
-        `tokens_per_rank` is for expert parallelism: int32 [world_size], None = every rank holds all tokens.
+        adds 0). `tokens_per_rank` is for expert parallelism: int32 [world_size], None = every rank holds all
+        tokens.
         """
         raise _missing(self, "experts")
 

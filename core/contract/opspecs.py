@@ -112,12 +112,10 @@ class RouteSpec:
     """How router logits choose experts.
 
     In order: scores = softmax or sigmoid of the logits ("softmax_topk": softmax over the chosen logits only,
-    last); the
-    selection adds `bias` where given; with `num_groups` > 1 only the `top_groups` groups with the best group
-    score stay
-    (the maximum, or the sum of the best two); the `top_k` best are taken, ties to the lowest id; weights are
-    the scores
-    without bias, divided by their sum (+ 1e-20) where `normalize`, times `scale`.
+    last); the selection adds `bias` where given; with `num_groups` > 1 only the `top_groups` groups with the
+    best group score stay (the maximum, or the sum of the best two); the `top_k` best are taken, ties to the
+    lowest id; weights are the scores without bias, divided by their sum (+ 1e-20) where `normalize`, times
+    `scale`.
     """
 
     num_experts: int

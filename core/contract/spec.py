@@ -60,9 +60,8 @@ class ShapeRules:
     """Which shapes a Program accepts.
 
     Attributes:
-        kind: "dynamic" = any shape, one Program serves all; "bucketed" = core pads to a ladder of
-            buckets, new ones may
-            be compiled while serving; "static" = every bucket is compiled before serving starts.
+        kind: "dynamic" = any shape, one Program serves all; "bucketed" = core pads to a ladder of buckets,
+            new ones may be compiled while serving; "static" = every bucket is compiled before serving starts.
         token_buckets, request_buckets: the ladder, ascending; () = powers of two chosen by core.
         width_buckets: columns of the block tables, ascending; () = powers of two chosen by core.
     """
@@ -124,8 +123,8 @@ class BackendSpec:
         summary: one line for `core backends`.
         framework: "numpy", "torch", "jax", ...
         auto_rank: `backend="auto"` takes the highest rank whose probe gives devices; None = only by name.
-        dtypes: compute dtypes; the first is what `dtype="auto"` means where the checkpoint's own is not
-            in the list.
+        dtypes: compute dtypes; the first is what `dtype="auto"` means where the checkpoint's own is not in
+            the list.
         accumulator: dtype of sums in products, norms and softmax.
         state_kinds: kinds of `state_scan` that work ("gated_delta").
         routed_experts: `route` and `experts` work.
@@ -137,9 +136,8 @@ class BackendSpec:
             counted.
         sampler_history: `State.history` holds each slot's output, so penalties may be overlapped.
         host_batch: Program.run reads the host StepBatch itself (eager backends; host length lists).
-        determinism: what equal inputs promise: "bitwise" = equal bits on repetition, "batch_invariant" =
-            a row's bits do
-            not depend on other rows either.
+        determinism: what equal inputs promise: "bitwise" = equal bits on repetition, "batch_invariant" = a
+            row's bits do not depend on other rows either.
         overlap: largest number of steps in flight that pays; 1 = steps are synchronous inside `run`.
     """
 
@@ -177,10 +175,8 @@ def check_capabilities(spec: BackendSpec, record: object, what: str = "") -> Non
     """Refuse a record that uses a feature `spec` does not declare.
 
     Every field of `record` whose metadata names a capability, and whose value differs from the default, needs
-    the
-    attribute path in `spec` (for example "attention.window") to be true, or to contain the value where the
-    attribute is a
-    tuple. Nested records are checked too.
+    the attribute path in `spec` (for example "attention.window") to be true, or to contain the value where
+    the attribute is a tuple. Nested records are checked too.
 
     Raises:
         UnsupportedError: names backend, field, value and capability.

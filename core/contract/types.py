@@ -77,8 +77,7 @@ class CacheLayerSpec:
 
     Canonical form of a block, C order, as `export_blocks` gives it:
     paged, window: k [Z, K, H] and v [Z, K, v_head_size]; latent: one array [Z, latent_size + rope_size], the
-    normed
-    latent first, the rotated key part after it; state: one array per part, [*shape], of a slot.
+    normed latent first, the rotated key part after it; state: one array per part, [*shape], of a slot.
 
     Attributes:
         window: tokens that a query sees, itself included ("window" only).
@@ -142,11 +141,9 @@ class State(NamedTuple):
     """Everything on the device that a step changes. One object shared by all programs of a device.
 
     A step takes it and returns it; the caller never keeps the old one. `last` is int32 [max_requests + 1]:
-    each request
-    slot's newest token, the extra slot takes padding. `accepted` is int32 [max_requests + 1] for backends
-    that declare
-    `lengths_on_device`, `history` int32 [max_requests + 1, history_size] for those that declare
-    `sampler_history`.
+    each request slot's newest token, the extra slot takes padding. `accepted` is int32 [max_requests + 1] for
+    backends that declare `lengths_on_device`, `history` int32 [max_requests + 1, history_size] for those that
+    declare `sampler_history`.
     """
 
     caches: tuple[CacheHandle, ...]
@@ -173,8 +170,8 @@ class Part:
     Attributes:
         name: the tensor's name in the checkpoint.
         shape: shape of this part (of the region where `start` is given).
-        axes: logical axis of each dimension: embed, heads, kv_heads, head, mlp, vocab, expert, layer, or
-            "" = never cut.
+        axes: logical axis of each dimension: embed, heads, kv_heads, head, mlp, vocab, expert, layer, or "" =
+            never cut.
         start: where the region begins in the stored tensor; None = the part is the whole tensor.
         unit: elements of each dimension that stay together when it is cut (a head's rows, say); () = 1 each.
         transform: applied after reading, in float32: "add_one" for norms stored around zero.
@@ -193,11 +190,10 @@ class Param:
     """One array that the model uses: parts are cut for the rank one by one, then joined.
 
     Attributes:
-        parts: joined along `join`; with `stack` = n they form n equal groups, each joined, then stacked
-            on a new axis 0.
-        uses: every op that reads it ("linear", "embed", "norm", "experts", "conv", "constant"), so that
-            one packed layout
-            can serve all of them.
+        parts: joined along `join`; with `stack` = n they form n equal groups, each joined, then stacked on a
+            new axis 0.
+        uses: every op that reads it ("linear", "embed", "norm", "experts", "conv", "constant"), so that one
+            packed layout can serve all of them.
     """
 
     parts: tuple[Part, ...]
@@ -265,13 +261,12 @@ class SamplingBatch:
     """Sampling parameters of the sampled rows; host arrays of [n], n = real rows (backends pad).
 
     token = argmax over allowed v of logit[v] / T + Gumbel, with Philox numbers keyed by (seed; position,
-    choice); see
-    docs/sampling.md. temperature 0 = greedy, ties to the lowest id.
+    choice); see docs/sampling.md. temperature 0 = greedy, ties to the lowest id.
 
     Attributes:
         temperature, top_p, min_p, presence, frequency, repetition: float32.
-        top_k, position, choice: int32; top_k 0 = off; position = index, in prompt + output, of the token
-            to draw.
+        top_k, position, choice: int32; top_k 0 = off; position = index, in prompt + output, of the token to
+            draw.
         seed: uint64.
         logprobs: int32, how many alternatives to report; -1 = none.
         bias_ids, bias_values, bias_start: logit biases of row i are [bias_start[i], bias_start[i + 1]);

@@ -1,10 +1,9 @@
 """The engine: requests in, events out, one step at a time.
 
 `step` keeps up to `overlap` steps in flight: it schedules and submits until that many are, then waits for the
-oldest and
-gives its tokens to the scheduler. Everything before the first request (choice of backend, memory plan,
-loading) happens in
-`Engine.__init__`, in that order, so that what cannot work fails before weights are read.
+oldest and gives its tokens to the scheduler. Everything before the first request (choice of backend, memory
+plan, loading) happens in `Engine.__init__`, in that order, so that what cannot work fails before weights are
+read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """A process per rank. Commands and results are msgpack bytes over pipes; every rank gets every step.
 
 A worker process answers each command with ("ok", value) or ("error", kind, sentence, traceback). The first
-failure of any rank
-ends all of them and is raised in the engine with the rank's own sentence.
+failure of any rank ends all of them and is raised in the engine with the rank's own sentence.
 """
 
 from __future__ import annotations

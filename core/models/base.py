@@ -9,8 +9,7 @@ A definition is a module with these functions, read top to bottom:
 - `head(ops, c, w, h, step)`: logits of the sampled rows.
 
 `c` in the last three is local to the rank. Trees are frozen dataclasses and tuples whose leaves are Param or
-Constant in
-`params` and packed arrays in `forward`.
+Constant in `params` and packed arrays in `forward`.
 """
 
 from __future__ import annotations

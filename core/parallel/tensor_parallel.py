@@ -1,8 +1,7 @@
 """The op table of a tensor-parallel rank: the backend's own, with the collectives that cut weights ask for.
 
 Models know nothing of it: weights that need a collective arrive wrapped in `Sharded`, all others as the
-backend packed them.
-A sum over ranks rounds its terms to the activation dtype and adds in float32.
+backend packed them. A sum over ranks rounds its terms to the activation dtype and adds in float32.
 """
 
 from __future__ import annotations

@@ -22,8 +22,7 @@ class Buckets:
     """The ladder of shapes of one engine.
 
     Dynamic backends get exact token and row counts; all others the next rung. Block tables are always as wide
-    as the next
-    rung, so that their shape changes rarely.
+    as the next rung, so that their shape changes rarely.
     """
 
     def __init__(self, spec: BackendSpec, plan: CachePlan, max_tokens: int, max_model_len: int) -> None:

@@ -1,14 +1,10 @@
 """The reference sampler: logits and parameters to tokens, on the host.
 
 token = argmax over allowed v of logit[v] / T + Gumbel(u), so a draw is a function of the request's seed and
-the token's
-position alone. u comes from Philox4x32-10 (Salmon et al., 2011) with key = the 64-bit seed and counter =
-(position,
-choice, v // 4, purpose), lane v % 4. Allowed are, in order: the `top_k` largest logits; of these the most
-likely ones whose
-probabilities (after the temperature) sum to at least `top_p`; of these the ones at least `min_p` times as
-likely as the
-best. Equal values rank by lower id first.
+the token's position alone. u comes from Philox4x32-10 (Salmon et al., 2011) with key = the 64-bit seed and
+counter = (position, choice, v // 4, purpose), lane v % 4. Allowed are, in order: the `top_k` largest logits;
+of these the most likely ones whose probabilities (after the temperature) sum to at least `top_p`; of these
+the ones at least `min_p` times as likely as the best. Equal values rank by lower id first.
 """
 
 from __future__ import annotations

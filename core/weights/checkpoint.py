@@ -1,0 +1,93 @@
+"""Checkpoint: named tensors and a configuration, whatever the files are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from core.contract.errors import ConfigError, WeightError
+
+Index = tuple[slice, ...]
+"""One slice per dimension, step 1."""
+
+
+class Checkpoint(Protocol):
+    """Tensors under the names and in the orientation ([out, in] for linear layers) of Hugging Face.
+
+    Which tensors a model needs is the caller's affair: a checkpoint says what it holds.
+    """
+
+    @property
+    def path(self) -> Path:
+        """The file or folder, for messages."""
+
+    def names(self) -> Collection[str]:
+        """Every tensor, such as `model.layers.0.self_attn.q_proj.weight`."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor; () for a scalar."""
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """What `read` gives: the stored dtype (bfloat16 and float8 as in ml_dtypes); float32 for blocks of
+        quantized values.
+        """
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that the whole tensor takes once read."""
+
+    def read(self, name: str, index: Index | None = None) -> npt.NDArray[Any]:
+        """A tensor, or the part that `index` cuts out; no other part of the file is touched.
+
+        The array may be a read-only view of the mapped file, and stays valid after `close`. An empty slice
+        gives an empty array.
+
+        Raises:
+            WeightError: there is no such tensor, or `index` has another number of dimensions. So do `shape`,
+            `dtype` and `nbytes` for a missing tensor.
+        """
+
+    def config(self) -> dict[str, Any]:
+        """The model's configuration in the form of Hugging Face's config.json; a new copy at each call."""
+
+    def close(self) -> None:
+        """Let go of the files. Idempotent; `read` raises WeightError afterwards."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a folder with config.json and safetensors, or a .gguf file. Headers are checked, no tensor is
+    read.
+
+    Raises:
+        ConfigError: the path is not there, or is neither of these.
+        WeightError: a file is truncated, names an absent file or tensor, or its header contradicts itself.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from core.weights.safetensors import SafetensorsCheckpoint
+
+        return SafetensorsCheckpoint(path)
+    if path.is_file() and path.suffix == ".gguf":
+        from core.weights.gguf import GGUFCheckpoint
+
+        return GGUFCheckpoint(path)
+    if path.exists():
+        raise ConfigError(f"{path} is not a model; give a folder with safetensors, or a .gguf file")
+    raise ConfigError(f"{path} does not exist; give a folder with safetensors, or a .gguf file")
+
+
+def check_index(path: Path, name: str, shape: tuple[int, ...], index: Index | None) -> Index:
+    """`index`, or the whole tensor, with start and stop filled in and cut to the shape.
+
+    Raises:
+        WeightError: another number of dimensions than the tensor's, or a step.
+    """
+    if index is None:
+        return tuple(slice(0, n) for n in shape)
+    if len(index) != len(shape) or any(s.step not in (None, 1) for s in index):
+        raise WeightError(f"{path}: tensor {name!r} has shape {shape}; it cannot be cut by {index}")
+    bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
+    return tuple(slice(start, max(start, stop)) for start, stop, _ in bounds)

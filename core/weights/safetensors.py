@@ -1,0 +1,201 @@
+"""Safetensors folders: config.json with model.safetensors, or shards under model.safetensors.index.json.
+
+The header is read here rather than with the safetensors package, because numpy arrays in bfloat16 and float8
+need ml_dtypes and because a message has to name file and tensor. Format, from the safetensors package's
+README: the header's length in 8 little-endian bytes, a JSON header, the data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from core.contract.errors import ConfigError, WeightError
+from core.weights.checkpoint import Index, check_index
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "F32": np.dtype("<f4"),
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+    "F64": np.dtype("<f8"),
+}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+
+
+class SafetensorsCheckpoint:
+    """A folder. Files are mapped, and pages are read when a slice touches them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._config = _read_json(path / "config.json", ConfigError)
+        self._tensors = _tensors(path)
+        self._maps: dict[Path, np.memmap[Any, Any]] = {}
+        self._closed = False
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self._path
+
+    def names(self) -> Collection[str]:
+        """See `Checkpoint`."""
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Checkpoint`."""
+        return self._find(name).shape
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """See `Checkpoint`."""
+        return self._find(name).dtype
+
+    def nbytes(self, name: str) -> int:
+        """See `Checkpoint`."""
+        found = self._find(name)
+        return prod(found.shape) * found.dtype.itemsize
+
+    def read(self, name: str, index: Index | None = None) -> npt.NDArray[Any]:
+        """See `Checkpoint`."""
+        found = self._find(name)
+        ranges = check_index(self._path, name, found.shape, index)
+        if self._closed:
+            raise WeightError(f"{self._path} was closed; open the checkpoint again to read {name!r}")
+        if 0 in found.shape:
+            return np.empty(found.shape, found.dtype)[ranges]
+        data = self._maps.get(found.file)
+        if data is None:
+            data = self._maps[found.file] = np.memmap(found.file, np.uint8, mode="r")
+        # The format does not align tensors, and ndarray takes any offset.
+        return np.ndarray(found.shape, found.dtype, buffer=data, offset=found.offset)[ranges]
+
+    def config(self) -> dict[str, Any]:
+        """See `Checkpoint`."""
+        return json.loads(json.dumps(self._config))  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """See `Checkpoint`."""
+        self._closed = True
+        self._maps.clear()
+
+    def _find(self, name: str) -> _Tensor:
+        found = self._tensors.get(name)
+        if found is None:
+            raise WeightError(f"{self._path} has no tensor {name!r}; it has {len(self._tensors)} others")
+        return found
+
+
+def _read_json(path: Path, error: type[Exception]) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path.parent} has no {path.name}; give a complete model folder") from None
+    except (OSError, ValueError) as e:
+        raise error(f"{path} cannot be read as JSON ({e}); download the model again") from None
+    if not isinstance(found, dict):
+        raise error(f"{path} holds a {type(found).__name__}, not a JSON object; download the model again")
+    return found
+
+
+def _tensors(folder: Path) -> dict[str, _Tensor]:
+    if (folder / SINGLE).is_file():
+        return _read_header(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        raise WeightError(
+            f"{folder} has neither {SINGLE} nor {INDEX}; give a folder with safetensors weights"
+        )
+    where = _read_json(folder / INDEX, WeightError).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise WeightError(f"{folder / INDEX} has no weight_map; download the index again")
+    headers: dict[str, dict[str, _Tensor]] = {}
+    tensors: dict[str, _Tensor] = {}
+    for name, file in where.items():
+        if file not in headers:
+            if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
+                raise WeightError(
+                    f"{folder / INDEX} places tensor {name!r} in {file!r}, which is not a file of "
+                    f"{folder}; download that shard"
+                )
+            headers[file] = _read_header(folder / file)
+        if name not in headers[file]:
+            raise WeightError(
+                f"{folder / file} has no tensor {name!r}, but {INDEX} places it there; download both again"
+            )
+        tensors[name] = headers[file][name]
+    return tensors
+
+
+def _read_header(file: Path) -> dict[str, _Tensor]:
+    size = file.stat().st_size
+    with file.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise WeightError(
+                f"{file} has {size} bytes, but wants a header of {length} bytes after the first 8; it is "
+                "truncated or no safetensors file: download it again"
+            )
+        text = f.read(length)
+    try:
+        header = json.loads(text)
+    except ValueError as e:
+        raise WeightError(f"{file}: the header is not JSON ({e}); download the file again") from None
+    if not isinstance(header, dict):
+        raise WeightError(f"{file}: the header is not a JSON object; download the file again")
+    header.pop("__metadata__", None)
+    return {name: _tensor(file, name, entry, 8 + length, size) for name, entry in header.items()}
+
+
+def _tensor(file: Path, name: str, entry: Any, start: int, size: int) -> _Tensor:
+    try:
+        shape = tuple(int(n) for n in entry["shape"])
+        first, last = (int(n) for n in entry["data_offsets"])
+        kind = str(entry["dtype"])
+    except (TypeError, KeyError, ValueError):
+        raise WeightError(
+            f"{file}: tensor {name!r} has header entry {entry!r}, but dtype, shape and data_offsets are "
+            "wanted; download the file again"
+        ) from None
+    if kind not in DTYPES:
+        raise WeightError(f"{file}: tensor {name!r} has dtype {kind!r}; known are {', '.join(DTYPES)}")
+    wanted = prod(shape) * DTYPES[kind].itemsize
+    if min(shape, default=0) < 0 or first < 0 or last - first != wanted:
+        raise WeightError(
+            f"{file}: tensor {name!r} of shape {shape} in {kind} takes {wanted} bytes, but its offsets "
+            f"{first} to {last} span {last - first}; download the file again"
+        )
+    if start + last > size:
+        raise WeightError(
+            f"{file}: tensor {name!r} ends at byte {start + last}, but the file has {size}; it is truncated: "
+            "download it again"
+        )
+    return _Tensor(file, shape, DTYPES[kind], start + first)

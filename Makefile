@@ -1,46 +1,58 @@
-# Everything runs in .venv, which is made at first use. PYTHON chooses the interpreter.
+# Everything runs in .venv, which is made at first use and again when pyproject.toml changes.
+# PYTHON chooses the interpreter it is made with: 3.11 or newer.
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check --quiet
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check --no-input --quiet
+# One exact version is a small build for the CPU; the range of the extra alone would take a build of many gigabytes.
 TORCH := torch==2.13.0
 
-.PHONY: demo test test-full lint types bench clean install install-dev
-
-$(VENV)/user.stamp: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(TORCH)
-	$(PIP) install -e '.[cpu]'
-	@touch $@
-
-$(VENV)/dev.stamp: pyproject.toml tests/plugins/pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(TORCH)
-	$(PIP) install -e '.[cpu,tpu-cpu,bench,dev]' -e tests/plugins
-	@touch $@ $(VENV)/user.stamp
-
-install: $(VENV)/user.stamp
-install-dev: $(VENV)/dev.stamp
+.PHONY: demo install install-dev test test-full lint types bench clean
 
 demo: install
+	@echo "fetching the sample model"
 	@$(BIN)/core fetch-sample
 	@$(BIN)/core demo
 
+# The stages are defined in .ci/run, once.
 test:
-	@PYTHON=$(PYTHON) bash tools/test.sh
+	@.ci/run
 
-lint: install-dev
-	$(BIN)/ruff check .
+test-full:
+	@.ci/run install lint types contract sample tests-full
 
-types: install-dev
-	$(BIN)/mypy
+lint:
+	@.ci/run install lint
 
-test-full: install-dev
-	$(BIN)/core fetch-sample
-	$(BIN)/pytest -q
+types:
+	@.ci/run install types
 
 bench: install-dev
-	$(BIN)/pytest -q benchmarks --benchmark-only -p no:xdist
+	@$(BIN)/pytest -q -p no:xdist --benchmark-only benchmarks
+
+install: .venv/user.stamp
+
+install-dev: .venv/dev.stamp
+
+.venv/python.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit("core needs Python 3.11 or newer; choose one: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@echo "making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/torch.stamp: .venv/python.stamp Makefile
+	@echo "installing $(TORCH)"
+	@$(PIP) install $(TORCH)
+	@touch $@
+
+.venv/user.stamp: .venv/torch.stamp pyproject.toml
+	@echo "installing core[cpu]"
+	@$(PIP) install -e '.[cpu]'
+	@touch $@
+
+.venv/dev.stamp: .venv/torch.stamp pyproject.toml tests/plugins/pyproject.toml
+	@echo "installing core[cpu,tpu-cpu,dev] and the test plugins"
+	@$(PIP) install -e '.[cpu,tpu-cpu,dev]' -e tests/plugins
+	@touch $@ .venv/user.stamp
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist *.egg-info tests/plugins/*.egg-info .mypy_cache .ruff_cache .pytest_cache .benchmarks .hypothesis

@@ -188,7 +188,7 @@ class BlockManager:
             self.tables[g][slot, first:end] = blocks[g]
             s.firsts[g][slot], s.columns[g][slot] = first, end
         self._states.open(slot, blocks)
-        self._set_capacity(np.array([slot]))
+        self._set_capacity(slot)
         if self._is_caching:
             node = hit.node if hit.node is not None else self._prefix.make_root(salt, adapter)
             if node is not None:
@@ -230,7 +230,7 @@ class BlockManager:
                 start = int(s.columns[g][slot])
                 self.tables[g][slot, start : start + needed] = self._pools[g].allocate(needed)
                 s.columns[g][slot] += needed
-            self._set_capacity(np.array([slot]))
+            self._set_capacity(slot)
             if 0 <= s.tail[slot] < num_tokens:
                 s.tail[slot] = -1
                 self._num_tails -= 1
@@ -262,18 +262,24 @@ class BlockManager:
         Args:
             fence: as in `free`.
         """
-        s = self._slots
-        rows, computed = np.atleast_1d(slot), np.atleast_1d(num_computed)
         for g in self._geometry.windows:
-            group = self.groups[g]
-            left = np.maximum(0, computed - (group.window or 1) + 1) // group.block_size
-            left = np.minimum(left, s.columns[g][rows])
-            for i in np.flatnonzero(left > s.firsts[g][rows]).tolist():
-                row, first, end = int(rows[i]), int(s.firsts[g][rows[i]]), int(left[i])
-                ids = self.tables[g][row, first:end][::-1].copy()
-                self.tables[g][row, first:end] = self.pad_block
-                s.firsts[g][row] = end
-                self._release(_Held(fence, ((g, ids),), is_request=False))
+            size, hidden = self.groups[g].block_size, (self.groups[g].window or 1) - 1
+            if isinstance(slot, np.ndarray):
+                ends = (np.asarray(num_computed) - hidden) // size
+                left = ends > self._slots.firsts[g][slot]
+                for row, end in zip(slot[left].tolist(), ends[left].tolist(), strict=True):
+                    self._trim(g, row, end, fence)
+            else:
+                self._trim(g, slot, (int(num_computed) - hidden) // size, fence)
+
+    def _trim(self, g: int, slot: int, end: int, fence: int | None) -> None:
+        s, row = self._slots, self.tables[g][slot]
+        first, end = int(s.firsts[g][slot]), min(end, int(s.columns[g][slot]))
+        if end > first:
+            ids = row[first:end][::-1].copy()
+            row[first:end] = self.pad_block
+            s.firsts[g][slot] = end
+            self._release(_Held(fence, ((g, ids),), is_request=False))
 
     def commit(self, slot: int, token_ids: Ints, num_computed: int) -> None:
         """Tokens [0, num_computed) of the request were computed by steps that were waited for.
@@ -343,7 +349,7 @@ class BlockManager:
             self.tables[g][child, first:columns] = ids
             s.firsts[g][child], s.columns[g][child] = first, max(first, columns)
             self._pools[g].share(ids)
-        self._set_capacity(np.array([child]))
+        self._set_capacity(child)
         self._states.fork(parent, child)
         for slot in (parent, child):
             self._num_tails += int(s.tail[slot] < 0)
@@ -461,12 +467,10 @@ class BlockManager:
                 f"{self.max_model_len}; end the request there"
             )
 
-    def _set_capacity(self, slots: Int32) -> None:
+    def _set_capacity(self, slot: int) -> None:
         s = self._slots
-        room = np.full(len(slots), UNLIMITED, np.int32)
-        for g in self._geometry.blocks:
-            np.minimum(room, s.columns[g][slots] * self.groups[g].block_size, out=room)
-        s.capacity[slots] = room
+        room = [int(s.columns[g][slot]) * self.groups[g].block_size for g in self._geometry.blocks]
+        s.capacity[slot] = min(room, default=UNLIMITED)
 
     def _growth(self, slot: int, num_tokens: int) -> tuple[Pairs, Pairs] | None:
         """Blocks that `grow` must make private (group, column) and add (group, count); None = short."""
@@ -519,15 +523,22 @@ class BlockManager:
             np.maximum(needed, 0, out=needed)
             needs.append(needed)
             if int(needed.sum()) > self.num_free(g):
-                rows = min(rows, int(np.searchsorted(np.cumsum(needed), self.num_free(g), side="right")))
+                rows = min(rows, int(np.searchsorted(needed.cumsum(), self.num_free(g), side="right")))
         slots = slots[:rows]
+        room = np.full(rows, UNLIMITED, np.int32)
         for g, all_needed in zip(self._geometry.blocks, needs, strict=True):
             needed, columns = all_needed[:rows], s.columns[g][slots]
-            row = np.repeat(np.arange(rows), needed)
-            within = np.arange(len(row)) - (np.cumsum(needed) - needed)[row]
-            self.tables[g][slots[row], columns[row] + within] = self._pools[g].allocate(len(row))
-            s.columns[g][slots] = columns + needed
-        self._set_capacity(slots)
+            total = int(needed.sum())
+            if total == rows and needed.all():
+                self.tables[g][slots, columns] = self._pools[g].allocate(rows)
+            elif total:
+                row = np.repeat(np.arange(rows), needed)
+                within = np.arange(total) - (needed.cumsum() - needed)[row]
+                self.tables[g][slots[row], columns[row] + within] = self._pools[g].allocate(total)
+            columns = columns + needed
+            s.columns[g][slots] = columns
+            np.minimum(room, columns * self.groups[g].block_size, out=room)
+        s.capacity[slots] = room
         return rows
 
     def _release(self, held: _Held) -> None:

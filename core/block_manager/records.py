@@ -95,7 +95,7 @@ class GroupMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMetrics:
-    """All pools now, and their sums; and since the start, prompt tokens asked of the prefix cache and found."""
+    """All pools and their sums; since the start, prompt tokens asked of the prefix cache, and found in it."""
 
     groups: tuple[GroupMetrics, ...]
     total: int

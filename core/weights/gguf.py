@@ -62,7 +62,7 @@ def hf_name(name: str) -> str:
 
 
 class GGUFCheckpoint:
-    """One GGUF file, mapped. Quantized tensors are read as float32, by the rows and blocks that are wanted."""
+    """One GGUF file, mapped. Quantized tensors are read as float32, only the rows and blocks wanted."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,7 +1,7 @@
 """The null backend: accepts everything, computes nothing, and watches how it is used.
 
 The token at a position is a pure function, `null_token`, so a test knows every output beforehand. The device
-records each step (`NullDevice.log`) and each breach of the contract that it can see (`NullDevice.violations`).
+records each step (`NullDevice.log`) and each breach of the contract that it sees (`NullDevice.violations`).
 
 Options of the device: `delay=N`: tokens are ready only after N further steps were submitted, or after
 `release()`; `vocab=V`; `eos=ID` with `eos_every=N`; `fail_step=N`: submitting step number N (from 0) raises;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,15 +42,17 @@ def null_token(position: int, vocab: int, eos: int | None = None, eos_every: int
     return (token + 1) % vocab if token == eos else token
 
 
-@dataclass
+@dataclass(eq=False)
 class StepRecord:
     """One step as it was submitted: counts, and copies of all views.
 
     Attributes:
+        index: its place in the log.
         sampling: parameters, once `sample` was called. tokens: int32 [num_samples], what it gave.
         is_done: it was waited for.
     """
 
+    index: int
     step_id: int
     bucket: Bucket
     num_tokens: int
@@ -102,6 +104,7 @@ class NullDevice:
         self.memory_calls: list[tuple[str, tuple[Any, ...]]] = []
         self.used_bytes = 0
         self._released = 0
+        self._done = 0
         self._last_position: dict[int, int] = {}
         self._info = DeviceInfo(
             backend=spec.name, index=request.index, name="null device", memory_bytes=self._memory
@@ -126,8 +129,8 @@ class NullDevice:
     def synchronize(self) -> None:
         """Finish every step."""
         self.check_open()
-        for record in self.log:
-            self.finish(record)
+        if self.log:
+            self.finish(self.log[-1])
 
     def close(self) -> None:
         """See the protocol."""
@@ -144,12 +147,12 @@ class NullDevice:
 
     def is_ready(self, record: StepRecord) -> bool:
         """Whether the tokens of a step have arrived."""
-        at = self.log.index(record)
-        return record.is_done or at < self._released or len(self.log) - 1 - at >= self.delay
+        later = len(self.log) - 1 - record.index
+        return record.is_done or record.index < self._released or later >= self.delay
 
-    def in_flight(self) -> Iterator[StepRecord]:
-        """Steps that nobody has waited for."""
-        return (record for record in self.log if not record.is_done)
+    def in_flight(self) -> list[StepRecord]:
+        """Steps that nobody has waited for, in order."""
+        return self.log[self._done :]
 
     def token(self, position: int) -> int:
         """The token that this device draws for a position."""
@@ -161,6 +164,7 @@ class NullDevice:
         if len(self.log) == self.fail_step:
             raise DeviceError(f"the null device fails at step {self.fail_step}, as its options say")
         record = StepRecord(
+            index=len(self.log),
             step_id=batch.step_id,
             bucket=batch.bucket,
             num_tokens=batch.num_tokens,
@@ -199,11 +203,12 @@ class NullDevice:
 
     def finish(self, record: StepRecord) -> None:
         """Finish a step and all before it; their buffers must be as they were at submission."""
-        for earlier in self.log[: self.log.index(record) + 1]:
-            if not earlier.is_done:
-                earlier.is_done = True
-                if zlib.crc32(earlier.batch.flat) != earlier.checksum:
-                    self._breach(earlier, "had its host buffer changed while it was in flight")
+        while self._done <= record.index:
+            earlier = self.log[self._done]
+            self._done += 1
+            earlier.is_done = True
+            if zlib.crc32(earlier.batch.flat) != earlier.checksum:
+                self._breach(earlier, "had its host buffer changed while it was in flight")
 
     def note(self, method: str, *arguments: Any) -> None:
         """Record a block operation."""

@@ -1,0 +1,248 @@
+"""Tokenizer: from a Hugging Face folder's tokenizer.json or from a GGUF file's metadata."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from core.contract.errors import ConfigError, RequestError
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of a tokenizer. Immutable; may be used by several threads."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that begins a text, or None."""
+
+    @property
+    def bos_token(self) -> str:
+        """Its text, "" without one; likewise `eos_token`."""
+
+    @property
+    def eos_token(self) -> str:
+        """Text of the first of `eos_token_ids`, or ""."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end generation; the first is the main one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; a model's logits may be wider."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out when it skips special tokens."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's Jinja template, or None."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text. Special tokens that are spelled out in it are recognised.
+
+        Args:
+            add_special_tokens: add what the model wants around a text (such as BOS). False for text that a
+            chat template made: it has them already.
+
+        Raises:
+            RequestError: the text is not valid Unicode (lone surrogates).
+        """
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids. Bytes that form no character become U+FFFD; ids outside the vocabulary give nothing.
+
+        Raises:
+            RequestError: an id is negative or does not fit 32 bits.
+        """
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What the token adds to a text wherever it stands; b"" outside the vocabulary.
+
+        None where that depends on its neighbours, which is the case for every token or for none.
+        """
+
+    def is_byte_fallback(self, token_id: int) -> bool:
+        """Whether the token is one raw byte, which becomes text together with such neighbours."""
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder or of a .gguf file.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or its kind is not known.
+        WeightError: the .gguf file is broken.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix == ".gguf" and path.is_file():
+        from core.tokenizer.gguf_vocab import from_gguf
+
+        return from_gguf(path)
+    raise ConfigError(f"{path} has no tokenizer; give a folder with tokenizer.json, or a .gguf file")
+
+
+@dataclass(frozen=True)
+class FastTokenizer:
+    """A `tokenizers.Tokenizer` with the facts that it does not hold itself."""
+
+    backend: Any
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    chat_template: str | None
+
+    @property
+    def bos_token(self) -> str:
+        """See `Tokenizer`."""
+        return self._text_of(self.bos_token_id)
+
+    @property
+    def eos_token(self) -> str:
+        """See `Tokenizer`."""
+        return self._text_of(next(iter(self.eos_token_ids), None))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """See `Tokenizer`."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """See `Tokenizer`."""
+        return frozenset(i for i, t in self.backend.get_added_tokens_decoder().items() if t.special)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """See `Tokenizer`."""
+        try:
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except (UnicodeEncodeError, TypeError) as e:
+            raise RequestError(f"the prompt is not valid Unicode text ({e}); send it as UTF-8") from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """See `Tokenizer`."""
+        try:
+            return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        except OverflowError:
+            raise RequestError(
+                f"token ids run from {min(ids)} to {max(ids)}; they must be in [0, {self.vocab_size})"
+            ) from None
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """See `Tokenizer`."""
+        if not self._is_byte_level:
+            return None
+        token = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        # A token with a character outside the byte alphabet stands for itself, as the decoder has it.
+        return bytes(_BYTES[c] for c in token) if all(c in _BYTES for c in token) else bytes(token, "utf-8")
+
+    def is_byte_fallback(self, token_id: int) -> bool:
+        """See `Tokenizer`."""
+        return (
+            self._has_byte_fallback
+            and _BYTE_TOKEN.fullmatch(self.backend.id_to_token(token_id) or "") is not None
+        )
+
+    @cached_property
+    def _decoders(self) -> tuple[str, ...]:
+        found = json.loads(self.backend.decoder.__getstate__()) if self.backend.decoder is not None else {}
+        return tuple(d["type"] for d in found.get("decoders", [found] if found else []))
+
+    @property
+    def _is_byte_level(self) -> bool:
+        return self._decoders == ("ByteLevel",)
+
+    @property
+    def _has_byte_fallback(self) -> bool:
+        return "ByteFallback" in self._decoders
+
+    def _text_of(self, token_id: int | None) -> str:
+        return "" if token_id is None else str(self.backend.id_to_token(token_id) or "")
+
+
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character to byte, in GPT-2's alphabet: printable Latin-1 stands for itself, and the other bytes, in
+    order, for the characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _from_folder(folder: Path) -> FastTokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"{folder} has no tokenizer.json; save the model's tokenizer in that form (the fast form of "
+            "transformers)"
+        )
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as e:  # the package raises bare Exception
+        raise ConfigError(f"{file} cannot be read ({e}); download it again, or upgrade tokenizers") from None
+    backend.no_truncation()
+    backend.no_padding()
+    config = _read(folder / "tokenizer_config.json")
+    bos, eos = (_token_id(backend, config.get(name)) for name in ("bos_token", "eos_token"))
+    generation, model = _read(folder / "generation_config.json"), _read(folder / "config.json")
+    ends = _ids(generation.get("eos_token_id"))
+    if not ends:
+        ends = _ids(model.get("eos_token_id")) or _ids(model.get("text_config", {}).get("eos_token_id"))
+    # The tokenizer's own end first: it is the one that chat templates close a turn with.
+    return FastTokenizer(
+        backend=backend,
+        bos_token_id=bos,
+        eos_token_ids=tuple(dict.fromkeys([*([] if eos is None else [eos]), *ends])),
+        chat_template=_folder_template(folder, config),
+    )
+
+
+def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """A file of its own goes before the field of tokenizer_config.json, as in transformers."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    found = _read(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(found, list):
+        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object, {} where the file is absent."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"{file} cannot be read as JSON ({e}); download it again") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} holds a {type(found).__name__}, not a JSON object; download it again")
+    return found
+
+
+def _token_id(backend: Any, token: Any) -> int | None:
+    text = token.get("content") if isinstance(token, dict) else token
+    found = backend.token_to_id(text) if isinstance(text, str) else None
+    return None if found is None else int(found)
+
+
+def _ids(value: Any) -> list[int]:
+    found: Iterable[Any] = value if isinstance(value, list) else [] if value is None else [value]
+    return [int(i) for i in found]

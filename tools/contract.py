@@ -4,8 +4,8 @@
     python tools/contract.py --check     fail when one of them is not what would be generated
 
 The source is parsed, never imported. contract.lock holds every public name of the contract with its
-signature, fields, defaults and capabilities, and the version in its first line. So no change of the waist goes
-unseen, and whoever changes it decides on the version.
+signature, fields, defaults and capabilities, and the version in its first line. So no change of the waist
+goes unseen, and whoever changes it decides on the version.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def hooks_text(folder: Path) -> str:
             lines += ["", f"## {node.name}", "", *_prose(ast.get_docstring(node) or "")]
             for hook in node.body:
                 if isinstance(hook, ast.FunctionDef):
-                    lines += ["", f"### {hook.name}", "", "```python", f"def {_signature(hook)}", "```", ""]
+                    signature = _signature(hook).replace("(self, ", "(", 1)  # plugins are mostly modules
+                    lines += ["", f"### {hook.name}", "", "```python", f"def {signature}", "```", ""]
                     lines += _sections(ast.get_docstring(hook) or "")
     return "\n".join(lines) + "\n"
 

@@ -329,6 +329,10 @@ class BlockManager:
         Both hold the same blocks; whoever writes first into a partly filled one gets a private copy then. The
         child has its own state slots, filled by `take_copies`.
 
+        Args:
+            num_tokens: all tokens that the parent's submitted steps compute; fewer only while none of them is
+                in flight and no group has a window or state.
+
         Raises:
             BlockManagerError: the parent is closed, the child is open, or the parent has no such tokens.
         """
@@ -422,7 +426,7 @@ class BlockManager:
         return None if state is None else (boundary - start, state)
 
     def drop_checkpoint(self, slot: int, group: int, *, fence: int | None = None) -> None:
-        """Give back what `checkpoint_for` reserved for this slot and group: its step will not run.
+        """Give back what `checkpoint_for` reserved last for this slot and group: its step will not run.
 
         Args:
             fence: as in `free`, where the step was submitted already.

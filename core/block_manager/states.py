@@ -110,10 +110,10 @@ class StateSlots:
         return state
 
     def cancel(self, slot: int, group: int) -> Int32:
-        """Forget the request's reserved checkpoints of a group; the slots, for the caller to release."""
+        """Forget the request's newest reserved checkpoint of a group; its slot, for the caller to release."""
         reserved = self._slots.reserved[slot]
-        self._slots.reserved[slot] = [entry for entry in reserved if entry[0] != group]
-        return np.array([state for g, _, state in reserved if g == group], np.int32)
+        newest = [i for i, entry in enumerate(reserved) if entry[0] == group][-1:]
+        return np.array([reserved.pop(i)[2] for i in newest], np.int32)
 
     def settle(self, slot: int, num_tokens: int, node: Node | None) -> None:
         """Checkpoints up to `num_tokens` were written: those that end at `node` become hittable."""

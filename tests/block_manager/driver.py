@@ -318,7 +318,7 @@ class Driver:
             return
         parent = self.random.choice(parents)
         known = parent.computed
-        if all(g.kind == "paged" for g in self.groups):
+        if not self.in_flight and all(g.kind == "paged" for g in self.groups):
             known = self.random.choice((known, known, self.random.randrange(1, known + 1)))
         self.blocks.fork(parent.slot, slot, known)
         self.forks += 1

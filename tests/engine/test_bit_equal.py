@@ -1,4 +1,4 @@
-"""On the oracle, a request's logits are the same bits however it was batched, chunked, preempted or resumed."""
+"""On the oracle, a request's logits are the same bits alone, batched, chunked, preempted and after a hit."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from backends.cpu.sampler import CpuSampler
 from core.contract.batch import Step, StepBatch
 from core.contract.errors import UnsupportedError
 from core.contract.interfaces import CompileRequest, DeviceTokens, StepOutput
-from core.contract.types import SampledTokens, SamplingBatch, State
+from core.contract.types import SamplingBatch, State
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ class CpuProgram:
 
     def __init__(self, request: CompileRequest) -> None:
         self._request = request
-        self._sampler = request.sampler
-        if isinstance(request.sampler, CpuSampler):
-            self._sampler = request.sampler.with_reference(request.reference_sampler)
+        self._sampler = CpuSampler(request.reference_sampler)
 
     def warm(self, state: State) -> State:
         """Nothing to do."""
@@ -70,7 +68,7 @@ class CpuProgram:
             logits = output.array
             if batch.bucket.outputs.all_logits:
                 logits = logits[torch.from_numpy(batch.sample_rows[:n])]
-            sampled = self._draw(logits[:n], sampling)
+            sampled = self._sampler.sample(logits[:n], sampling)
             slots = torch.from_numpy(batch.sample_slots[:n])
             state.last[slots] = torch.from_numpy(np.ascontiguousarray(sampled.tokens, np.int32))
         return Done(sampled), State(*state)
@@ -81,12 +79,6 @@ class CpuProgram:
         """`run`, then `sample`."""
         output, state = self.run(batch, state)
         return self.sample(output, batch, sampling, state)
-
-    def _draw(self, logits: torch.Tensor, sampling: SamplingBatch) -> SampledTokens:
-        if self._sampler is None:
-            return self._request.reference_sampler(to_numpy(logits.float()), sampling)
-        tokens: SampledTokens = self._sampler.sample(logits, sampling).get()
-        return tokens
 
 
 def _num_real(array: torch.Tensor, batch: StepBatch) -> int:

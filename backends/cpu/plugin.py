@@ -14,7 +14,6 @@ from core.contract.interfaces import (
     Device,
     MemoryAllocator,
     Program,
-    Sampler,
 )
 from core.contract.ops import Ops
 from core.contract.opspecs import AttentionSpec
@@ -25,7 +24,6 @@ from core.contract.requests import (
     DeviceRequest,
     OpsRequest,
     ProbeRequest,
-    SamplerRequest,
     SpecRequest,
 )
 from core.contract.spec import AttentionRules, BackendSpec, CacheRules
@@ -64,7 +62,6 @@ SPEC = BackendSpec(
         "barrier",
     ),
     max_world_size=64,
-    device_sampler=True,
     host_batch=True,
 )
 
@@ -130,14 +127,6 @@ def core_compile(request: CompileRequest) -> Program:
     from backends.cpu.compiler import CpuProgram
 
     return CpuProgram(request)
-
-
-@hookimpl
-def core_sampler(request: SamplerRequest) -> Sampler:
-    """See `core.contract.hookspecs`."""
-    from backends.cpu.sampler import CpuSampler
-
-    return CpuSampler()
 
 
 @hookimpl

@@ -9,9 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from backends.cpu.allocator import Done
 from backends.cpu.arrays import to_numpy
-from core.contract.errors import UnsupportedError
 from core.contract.interfaces import ReferenceSampler
 from core.contract.types import SampledTokens, SamplingBatch
 
@@ -20,36 +18,23 @@ NEUTRAL = {"presence": 0.0, "frequency": 0.0, "repetition": 1.0, "logprobs": -1}
 
 
 class CpuSampler:
-    """See `core.contract.interfaces.Sampler`. `reference`: draws the rows that are not plainly greedy."""
+    """Draws tokens from logits on the host. `reference`: draws the rows that are not plainly greedy."""
 
-    def __init__(self, reference: ReferenceSampler | None = None) -> None:
+    def __init__(self, reference: ReferenceSampler) -> None:
         self._reference = reference
 
-    def with_reference(self, reference: ReferenceSampler) -> CpuSampler:
-        """This sampler with a reference to hand rows to."""
-        return CpuSampler(reference)
-
-    def sample(self, logits: torch.Tensor, sampling: SamplingBatch) -> Done:
-        """See the protocol: logits [n, V].
-
-        Raises:
-            UnsupportedError: a row is not greedy and there is no reference sampler.
-        """
+    def sample(self, logits: torch.Tensor, sampling: SamplingBatch) -> SampledTokens:
+        """Tokens of logits [n, V]."""
         greedy = greedy_rows(sampling)
         if greedy.all():
-            return Done(SampledTokens(_argmax(logits)))
-        if self._reference is None:
-            raise UnsupportedError(
-                "backend 'cpu' draws greedy rows only by itself; sample through `Program.sample`, which "
-                "hands the others to the reference sampler"
-            )
+            return SampledTokens(_argmax(logits))
         if sampling.logprobs is not None or not greedy.any():
-            return Done(self._reference(to_numpy(logits.float()), sampling))
+            return self._reference(to_numpy(logits.float()), sampling)
         drawn = np.flatnonzero(~greedy)
         tokens = _argmax(logits)
         part = to_numpy(logits[torch.from_numpy(drawn)].float())
         tokens[drawn] = self._reference(part, take_rows(sampling, drawn)).tokens
-        return Done(SampledTokens(tokens))
+        return SampledTokens(tokens)
 
 
 def greedy_rows(sampling: SamplingBatch) -> npt.NDArray[np.bool_]:

@@ -17,7 +17,6 @@ from core.contract.requests import (
     DeviceRequest,
     OpsRequest,
     ProbeRequest,
-    SamplerRequest,
     SpecRequest,
 )
 from core.contract.spec import AttentionRules, BackendSpec, BatchRules, CacheRules, ShapeRules
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from backends.tpu.compiler import TpuProgram
     from backends.tpu.device import TpuDevice
     from backends.tpu.ops import TpuOps
-    from backends.tpu.sampler import GreedySampler
     from core.contract.interfaces import CompileRequest
 
 MAX_TOKENS = 2048
@@ -68,7 +66,6 @@ SPEC = BackendSpec(
     ),
     state_kinds=("gated_delta",),
     routed_experts=True,
-    device_sampler=True,
     determinism="bitwise",
     overlap=2,
 )
@@ -145,14 +142,6 @@ def core_attention_kernel(request: AttentionKernelRequest) -> PagedAttention | N
 
     kernel = PagedAttention()
     return kernel if kernel.supports(request.layer, request.attention) else None
-
-
-@hookimpl
-def core_sampler(request: SamplerRequest) -> GreedySampler:
-    """Greedy on the device; a Program gives every other batch to the reference sampler."""
-    from backends.tpu.sampler import GreedySampler
-
-    return GreedySampler()
 
 
 @hookimpl

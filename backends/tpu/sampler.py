@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from backends.tpu.device import device_errors
-from core.contract.errors import UnsupportedError
 from core.contract.types import Array, SampledTokens, SamplingBatch
 
 
@@ -55,23 +54,3 @@ class TokensOnHost:
     def get(self) -> SampledTokens:
         """The tokens, with the log probabilities that were asked for."""
         return self._sampled
-
-
-class GreedySampler:
-    """The device sampler: exact for greedy batches, and refuses all others."""
-
-    def __init__(self) -> None:
-        self._greedy = jax.jit(greedy)
-
-    def sample(self, logits: Array, sampling: SamplingBatch) -> TokensOnDevice:
-        """Async. logits [n, V].
-
-        Raises:
-            UnsupportedError: the batch is not greedy.
-        """
-        if not is_greedy(sampling):
-            raise UnsupportedError(
-                "the device sampler of backend 'tpu' draws greedy tokens without logprobs, bias, masks or "
-                "penalties only; give this batch to the reference sampler, as Program.sample does"
-            )
-        return TokensOnDevice(self._greedy(logits), int(logits.shape[0]))

@@ -15,7 +15,7 @@ from core.block_manager.states import StateSlots
 
 from .driver import PLANS, Driver
 
-OPERATIONS = 1700
+OPERATIONS = 2000
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 

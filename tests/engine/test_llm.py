@@ -143,7 +143,7 @@ def test_sampling_parameters_out_of_range_are_refused(option: dict[str, object],
 
 
 def test_unknown_backend_names_those_installed() -> None:
-    with pytest.raises(PluginError, match="installed.*cpu"):
+    with pytest.raises(PluginError, match=r"installed.*cpu"):
         LLM("sample", backend="abacus", show_progress=False)
 
 

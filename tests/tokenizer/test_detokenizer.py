@@ -1,0 +1,126 @@
+"""Streamed text joins to the whole, and never shows half a character."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
+
+from . import small
+
+KINDS = {
+    "byte_level": small.byte_level,
+    "byte_fallback": small.byte_fallback,
+    "metaspace": small.metaspace,
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One of each kind of decoder."""
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    return load_tokenizer(small.write_folder(folder, KINDS[request.param]()))
+
+
+def stream(tokenizer: Tokenizer, prompt: list[int], output: list[int], skip: bool) -> list[str]:
+    """What each token gives, and the end."""
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip)
+    return [*(detokenizer.add([token]) for token in output), detokenizer.finish()]
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.integers(0, 450), max_size=40), skip=st.booleans())
+def test_any_ids_join_to_their_decoded_text(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
+    assert "".join(stream(tokenizer, [], ids, skip)) == tokenizer.decode(ids, skip)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 450), max_size=20),
+    prompt=st.lists(st.integers(0, 450), max_size=20),
+    skip=st.booleans(),
+)
+def test_output_continues_the_text_of_the_prompt(
+    tokenizer: Tokenizer, ids: list[int], prompt: list[int], skip: bool
+) -> None:
+    # A prompt that ends within a character leaves it to the output: here it ends with a whole one.
+    whole = next(i for i in range(450) if tokenizer.decode([i, i], False) in ("oo", "ee"))
+    prompt = [*prompt, whole]
+    text = tokenizer.decode(prompt + ids, skip)
+    assert "".join(stream(tokenizer, prompt, ids, skip)) == text[len(tokenizer.decode(prompt, skip)) :]
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet="he lo日é🙂🏽\u0301\n", max_size=30), cut=st.integers(0, 40))
+def test_valid_text_streams_without_replacement_characters(tokenizer: Tokenizer, text: str, cut: int) -> None:
+    ids = tokenizer.encode(text)
+    if tokenizer.decode(ids) != text:  # this tokenizer cannot spell the text
+        return
+    deltas = stream(tokenizer, ids[:cut], ids[cut:], True)
+    assert "\ufffd" not in "".join(deltas)
+    assert text.endswith("".join(deltas))
+    assert len("".join(deltas)) >= len(text) - len(tokenizer.decode(ids[:cut]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 450), max_size=30), sizes=st.lists(st.integers(0, 5), min_size=1, max_size=30)
+)
+def test_text_does_not_depend_on_how_many_tokens_come_at_once(
+    tokenizer: Tokenizer, ids: list[int], sizes: list[int]
+) -> None:
+    detokenizer = IncrementalDetokenizer(tokenizer, [], True)
+    text, at = "", 0
+    for size in sizes:
+        text += detokenizer.add(ids[at : at + size])
+        at += size
+    text += detokenizer.add(ids[at:]) + detokenizer.finish()
+    assert text == tokenizer.decode(ids)
+
+
+def test_a_character_of_several_tokens_comes_out_whole(tmp_path: Path) -> None:
+    found = load_tokenizer(small.write_folder(tmp_path, small.byte_level()))
+    by_byte = {found.token_bytes(i): i for i in range(4, 260)}
+    ids = [by_byte[bytes([b])] for b in "x🙂y".encode()]
+    assert stream(found, [], ids, True) == ["x", "", "", "", "🙂", "y", ""]
+    assert stream(found, [], ids[:3], True) == ["x", "", "", "\ufffd"]
+    assert stream(found, ids[:3], ids[3:], True) == ["", "🙂", "y", ""]
+
+
+def test_bytes_come_out_when_their_run_ends(tmp_path: Path) -> None:
+    found = load_tokenizer(small.write_folder(tmp_path, small.byte_fallback()))
+    ids = [3 + b for b in "日".encode()]
+    space_he = found.encode("he")[0]
+    assert stream(found, [space_he], [*ids, space_he], True) == ["", "", "", "日 he", ""]
+    assert stream(found, [space_he], ids, True) == ["", "", "", "日"]
+
+
+def test_skipped_and_unknown_tokens_do_not_cost_the_next_one_its_space(tmp_path: Path) -> None:
+    found = load_tokenizer(small.write_folder(tmp_path, small.byte_fallback()))
+    space_he = found.encode("he")[0]
+    for silent in (2, found.vocab_size + 5):
+        ids = [space_he, *[silent] * 12, space_he, *[silent] * 12, space_he]
+        assert "".join(stream(found, [], ids, True)) == "he he he"
+        assert "".join(stream(found, ids, [silent, space_he], True)) == " he"
+
+
+def test_work_per_token_does_not_grow(tokenizer: Tokenizer) -> None:
+    def seconds(count: int) -> float:
+        detokenizer = IncrementalDetokenizer(tokenizer, [], True)
+        best = float("inf")
+        for _ in range(count // 500):
+            start = time.perf_counter()
+            for i in range(500):
+                detokenizer.add([3 + (i * 7) % 256])
+            best_now = time.perf_counter() - start
+            best = min(best, best_now)
+            last = best_now
+        return last / best
+
+    # A run of invalid bytes is the worst case: quadratic work makes the last 500 of 10,000 20 times slower.
+    assert min(seconds(10_000) for _ in range(3)) < 8

@@ -118,7 +118,7 @@ def test_a_plugin_that_fails_disturbs_no_other_and_is_listed_with_its_reason(ins
 
 def test_a_backend_asked_for_by_name_that_failed_raises_with_its_root_cause(installed: Plugins) -> None:
     for ask in (installed.select, installed.backend, installed.spec, installed.probe):
-        with pytest.raises(PluginError, match="'broken_import' can't be used: .*library_that_is") as caught:
+        with pytest.raises(PluginError, match=r"'broken_import' can't be used: .*library_that_is") as caught:
             ask("broken_import")
         assert isinstance(caught.value.__cause__, ModuleNotFoundError)
 
@@ -262,7 +262,7 @@ def test_a_plugin_is_told_which_contract_asks(host: Plugins) -> None:
 
 
 def test_an_addon_must_state_its_contract(host: Plugins) -> None:
-    with pytest.raises(ContractVersionError, match="states no contract version .* CONTRACT = "):
+    with pytest.raises(ContractVersionError, match=r"states no contract version .* CONTRACT = "):
         host.register_addon(object(), "plain")
     with pytest.raises(ContractVersionError, match=r"built for contract \(0, 99\)"):
         host.register_addon(type("Newer", (), {"CONTRACT": (0, 99)})(), "newer")
@@ -329,7 +329,7 @@ def test_a_hook_takes_exactly_the_request(host: Plugins, core_sampler: Callable[
 
 def test_a_spec_that_is_no_backend_spec_is_refused(host: Plugins) -> None:
     plugin = with_methods(NullBackend, core_backend_spec=lambda self, request: {"name": "b"})
-    with pytest.raises(PluginError, match="returned {'name': 'b'}, not a BackendSpec"):
+    with pytest.raises(PluginError, match=r"returned {'name': 'b'}, not a BackendSpec"):
         host.register_backend(plugin, "b")
 
 
@@ -437,7 +437,7 @@ def test_no_device_tells_what_failed_to_load(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CORE_DISABLE_PLUGINS", "cpu,cpu_reference,tpu,cuda,rocm,gaudi,ascend,spyre")
     plugins = Plugins()
     plugins.load()
-    with pytest.raises(PluginError, match="broken_import: .*library_that_is_not_installed"):
+    with pytest.raises(PluginError, match=r"broken_import: .*library_that_is_not_installed"):
         plugins.select("auto")
 
 

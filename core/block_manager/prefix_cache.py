@@ -20,9 +20,12 @@ def chain_digest(key: bytes, parent: bytes, data: bytes) -> bytes:
 
 
 def root_data(salt: str | bytes, adapter: str) -> bytes:
-    """What a chain's root stands for; different salts or adapters never give the same bytes."""
-    kind, raw = (b"b", salt) if isinstance(salt, bytes) else (b"s", salt.encode())
-    return kind + len(raw).to_bytes(8, "little") + raw + adapter.encode()
+    """What a chain's root stands for; different salts or adapters never give the same bytes.
+
+    A text salt is its UTF-8 bytes.
+    """
+    raw = salt if isinstance(salt, bytes) else salt.encode(errors="surrogatepass")
+    return len(raw).to_bytes(8, "little") + raw + adapter.encode(errors="surrogatepass")
 
 
 class Node:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 1 << 24
 """Of a rendered conversation, and of any one string or list that an operator makes."""
-MAX_POWER = 64
+MAX_BITS = 4096
 
 _WIDE = re.compile(r"%[-+ #0]*(\*|\d{4,})|\.(\*|\d{4,})")
 
@@ -154,16 +154,24 @@ def _compile(template: str) -> Template:
 
 
 def _check_operator(operator: str, left: Any, right: Any) -> None:
+    bits = left.bit_length() if isinstance(left, int) else 64
     if operator == "*":
         for many, times in ((left, right), (right, left)):
             if isinstance(many, str | list | tuple) and isinstance(times, int):
                 _check_size(len(many) * times)
+        if isinstance(left, int) and isinstance(right, int):
+            _check_bits(bits + right.bit_length())
     elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
         _check_size(len(left) + len(right))
     elif operator == "%" and isinstance(left, str) and _WIDE.search(left):
         raise RequestError(f"the chat template formats with {left!r}; widths over 999 are not allowed")
-    elif operator == "**" and isinstance(right, int | float) and abs(right) > MAX_POWER:
-        raise RequestError(f"the chat template raises to {right}; powers over {MAX_POWER} are not allowed")
+    elif operator == "**" and isinstance(right, int | float):
+        _check_bits(bits * abs(right))
+
+
+def _check_bits(bits: float) -> None:
+    if bits > MAX_BITS:
+        raise RequestError(f"the chat template makes a number of {bits:.0f} bits; {MAX_BITS} are allowed")
 
 
 def _to_json(

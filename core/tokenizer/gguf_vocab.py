@@ -85,14 +85,8 @@ def _backend(path: Path, found: Mapping[str, Any], pre: str) -> Any:
     kinds = found.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     if len(kinds) != len(tokens):
         raise ConfigError(f"{path} has {len(tokens)} tokens but {len(kinds)} token types; convert it again")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    try:
-        # Llama 3 takes a whole word that is in the vocabulary even where no merge leads to it.
-        model = BPE(vocab=vocab, merges=pairs, ignore_merges=PRE_TOKENIZERS[pre] == _LLAMA3)
-    except Exception as e:  # the package raises bare Exception
-        raise ConfigError(
-            f"{path}: the vocabulary and merges do not fit together ({e}); convert it again"
-        ) from None
+    # Llama 3 takes a whole word that is in the vocabulary even where no merge leads to it.
+    model = BPE(vocab=vocab, merges=_pairs(path, merges, vocab), ignore_merges=PRE_TOKENIZERS[pre] == _LLAMA3)
     backend = Tokenizer(model)
     if PRE_TOKENIZERS[pre] == _QWEN2:
         backend.normalizer = normalizers.NFC()
@@ -103,6 +97,19 @@ def _backend(path: Path, found: Mapping[str, Any], pre: str) -> Any:
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in plain])
     return backend
+
+
+def _pairs(path: Path, merges: list[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Merges as pairs. Checked here, because the package panics on a merge outside the vocabulary."""
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise ConfigError(
+                f"{path} has merge {merge!r}, whose parts or result are no tokens; convert it again"
+            )
+        pairs.append((left, right))
+    return pairs
 
 
 def _pre_tokenizer(kind: str) -> Any:

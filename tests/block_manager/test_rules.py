@@ -56,7 +56,8 @@ def test_salts_and_adapters_never_run_into_each_other() -> None:
     assert blocks.grow(0, 9)
     blocks.commit(0, ids(9), 9)
     assert blocks.lookup(ids(9), salt="a", adapter="bc").num_tokens == 8
-    for salt, adapter in (("ab", "c"), (b"a", "bc"), ("", "abc"), ("abc", ""), ("", "")):
+    assert blocks.lookup(ids(9), salt=b"a", adapter="bc").num_tokens == 8
+    for salt, adapter in (("ab", "c"), (b"ab", "c"), ("", "abc"), ("abc", ""), ("", "")):
         assert blocks.lookup(ids(9), salt=salt, adapter=adapter).num_tokens == 0
 
 

@@ -76,7 +76,8 @@ def test_the_samples_template_equals_that_of_transformers(sample_model: Path) ->
 
 def test_further_variables_reach_the_template_but_do_not_replace_its_own() -> None:
     template = "{{ enable_thinking }} {{ bos_token }} {{ messages | length }}"
-    assert render(template, enable_thinking=False, bos_token="x", messages=[1, 2]) == "False <s> 0"
+    variables = {"enable_thinking": False, "bos_token": "x", "messages": [1, 2]}
+    assert apply_chat_template(template, [], False, "<s>", "</s>", variables=variables) == "False <s> 0"
 
 
 def test_a_template_that_refuses_tells_the_request_why() -> None:
@@ -86,7 +87,7 @@ def test_a_template_that_refuses_tells_the_request_why() -> None:
         "{{ messages[0].content + 'x' }}",
         "{{ 1 // 0 }}",
         "{{ {}['a'].b }}",
-        "{{ [] | first.x }}",
+        "{{ ([] | first).x }}",
     ):
         with pytest.raises(RequestError, match="does not accept these messages"):
             render(template, [{"role": "user"}])
@@ -104,8 +105,8 @@ def test_a_syntax_error_names_its_line() -> None:
         "{{ messages.append.__self__.__class__.__base__ }}",
         "{{ messages.append(1) }}",
         "{{ cycler.__init__.__globals__.os }}",
-        "{{ raise_exception.__globals__ }}",
-        "{{ ''|attr('__class__') | string }}{{ (''|attr('__class__')).x }}",
+        "{{ raise_exception.__globals__.sys }}",
+        "{{ (''|attr('__class__')).x }}",
     ],
 )
 def test_the_sandbox_keeps_templates_from_python(template: str) -> None:
@@ -123,7 +124,8 @@ def test_the_sandbox_keeps_templates_from_python(template: str) -> None:
         "{% set ns = namespace(x='aaaa') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{{ '%099999999d' % 1 }}",
         "{{ '%*d' % (99999999, 1) }}",
-        "{{ 9 ** 9 ** 9 }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% set ns = namespace(x=9) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     ],
 )
 def test_a_template_cannot_make_much_out_of_little(template: str) -> None:
@@ -155,7 +157,7 @@ def test_only_plain_values_enter_the_sandbox() -> None:
 
     assert render("{{ messages[0].role }}", [{"role": Role.USER}]) == "user"
     assert render("{{ messages[0].x }}{{ messages[0].x.leak is defined }}", [{"x": Loud("a")}]) == "aFalse"
-    with pytest.raises(RequestError, match="holds a Path"):
+    with pytest.raises(RequestError, match="holds a .*Path"):
         render("x", [{"content": Path("/")}])
 
 

@@ -49,7 +49,8 @@ def test_output_continues_the_text_of_the_prompt(
     tokenizer: Tokenizer, ids: list[int], prompt: list[int], skip: bool
 ) -> None:
     # A prompt that ends within a character leaves it to the output: here it ends with a whole one.
-    whole = next(i for i in range(450) if tokenizer.decode([i, i], False) in ("oo", "ee"))
+    wholes = [i for i in range(450) if tokenizer.decode([i, i], False) == "oo"]
+    whole = next(i for i in wholes if not tokenizer.is_byte_fallback(i))
     prompt = [*prompt, whole]
     text = tokenizer.decode(prompt + ids, skip)
     assert "".join(stream(tokenizer, prompt, ids, skip)) == text[len(tokenizer.decode(prompt, skip)) :]

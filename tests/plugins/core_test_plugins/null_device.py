@@ -302,6 +302,7 @@ class NullPacked:
 class NullCache:
     """One layer's cache: its group, and the shadow that the layers of a group share (None for state)."""
 
+    num_bytes: int
     group: int
     layer: CacheLayerSpec
     shadow: Int32 | None
@@ -343,25 +344,23 @@ class NullAllocator:
             None if g.kind == "state" else np.full(g.num_blocks * g.block_size, NOTHING, np.int32)
             for g in plan.groups
         ]
-        self._reserve("the cache", self._state_bytes(plan))
-        caches = tuple(
-            NullCache(g, layer, shadows[g], plan.groups[g].block_size)
+        sizes = [
+            plan.groups[g].num_blocks * self.block_bytes(layer, plan.groups[g].block_size)
             for layer, g in zip(plan.layers, plan.group_of, strict=True)
+        ]
+        self._reserve("the cache", sum(sizes))
+        caches = tuple(
+            NullCache(size, g, layer, shadows[g], plan.groups[g].block_size)
+            for size, layer, g in zip(sizes, plan.layers, plan.group_of, strict=True)
         )
         rows = plan.max_requests + 1
         history = np.zeros((rows, plan.history_size), np.int32) if plan.history_size else None
         return State(caches, np.zeros(rows, np.int32), np.zeros(rows, np.int32), history)
 
-    def _state_bytes(self, plan: CachePlan) -> int:
-        groups = [plan.groups[g] for g in plan.group_of]
-        return sum(
-            g.num_blocks * self.block_bytes(layer, g.block_size)
-            for layer, g in zip(plan.layers, groups, strict=True)
-        )
-
     def free_state(self, state: State) -> None:
         """See the protocol."""
         self.device.note("free_state")
+        self._reserve("the cache", -sum(cache.num_bytes for cache in state.caches))
 
     def export_blocks(self, state: State, layer: int, blocks: Sequence[int]) -> Ready:
         """See the protocol."""

@@ -157,7 +157,7 @@ def test_only_plain_values_enter_the_sandbox() -> None:
 
     assert render("{{ messages[0].role }}", [{"role": Role.USER}]) == "user"
     assert render("{{ messages[0].x }}{{ messages[0].x.leak is defined }}", [{"x": Loud("a")}]) == "aFalse"
-    with pytest.raises(RequestError, match="holds a .*Path"):
+    with pytest.raises(RequestError, match=r"holds a .*Path"):
         render("x", [{"content": Path("/")}])
 
 

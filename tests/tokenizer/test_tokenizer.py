@@ -10,16 +10,12 @@ from gguf import GGUFWriter
 from tokenizers import Regex, normalizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from transformers import Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from core.contract.errors import ConfigError, RequestError
 from core.tokenizer import load_tokenizer
 
 from . import small
-
-SPLITS = {
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
 
 
 def texts(count: int = 300) -> list[str]:
@@ -52,9 +48,9 @@ def test_a_gguf_vocabulary_cuts_texts_as_its_pre_tokenizer_says(tmp_path: Path, 
     original = small.byte_level()
     if pre in ("smollm", "starcoder"):
         original.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    elif pre in SPLITS:
-        byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
-        original.pre_tokenizer = Sequence([Split(Regex(SPLITS[pre]), "isolated"), byte_level])
+    elif pre == "llama-bpe":
+        split = Split(Regex(TikTokenConverter(vocab_file="none").pattern), "isolated")
+        original.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
     elif pre == "qwen2":
         published = Qwen2Tokenizer(vocab={"a": 0}, merges=[]).backend_tokenizer
         original.normalizer = published.normalizer

@@ -62,9 +62,10 @@ class Cache:
         ids = np.unique(np.asarray(blocks, np.int64))
         num_blocks = len(self._touched)
         if len(ids) and (ids[0] < 0 or ids[-1] >= num_blocks):
+            outside = ids[(ids < 0) | (ids >= num_blocks)].tolist()
             raise DeviceError(
-                f"blocks {ids[(ids < 0) | (ids >= num_blocks)].tolist()} of cache group {self.group} were asked "
-                f"for, but it has {num_blocks}; use ids from 0 to {num_blocks - 1}"
+                f"blocks {outside} of cache group {self.group} were asked for, but it has {num_blocks}; "
+                f"use ids from 0 to {num_blocks - 1}"
             )
         fresh = ids[~self._touched[ids]]
         for part in self.parts.values():
@@ -152,7 +153,8 @@ def part_shapes(layer: CacheLayerSpec, block_size: int) -> dict[str, tuple[tuple
 def _check_dtype(what: str, dtype: str) -> None:
     if dtype not in DTYPES:
         raise UnsupportedError(
-            f"{what} has dtype {dtype!r}, but backend 'cpu_reference' has {' and '.join(DTYPES)}; use one of them"
+            f"{what} has dtype {dtype!r}, but backend 'cpu_reference' has {' and '.join(DTYPES)}; "
+            "use one of them"
         )
 
 
@@ -252,8 +254,8 @@ class ReferenceAllocator:
         self._device.check_open()
         if request.scheme:
             raise UnsupportedError(
-                f"{request.name} is quantized with {request.scheme!r}; backend 'cpu_reference' takes plain dtypes "
-                "only; choose an unquantized checkpoint"
+                f"{request.name} is quantized with {request.scheme!r}; backend 'cpu_reference' takes plain "
+                "dtypes only; choose an unquantized checkpoint"
             )
         _check_dtype(request.name, request.dtype)
         wanted = math.prod(request.array.shape) * np.dtype(request.dtype).itemsize
@@ -275,9 +277,7 @@ class ReferenceAllocator:
         return self._used
 
     def _reserve(self, what: str, wanted: int) -> None:
-        free = (
-            self._device.memory().free_bytes if self._budget is None else max(0, self._budget - self._used)
-        )
+        free = self._device.memory().free_bytes if self._budget is None else max(0, self._budget - self._used)
         if wanted > free:
             raise OutOfMemoryError(what, wanted, free)
         self._used += wanted

@@ -73,7 +73,7 @@ def attend(
             seen = visible(position, row.length, spec)
             if not len(seen):
                 continue
-            keys, values = (wide(x.transpose(1, 0, 2)) for x in cache.read(step, row.index, seen))
+            keys, values = (wide(x.transpose(1, 0, 2)) for x in cache.read(step, row.number, seen))
             queries = wide(q[t]) * query_scale(position, spec.q_scale)  # [N, H]
             for n in range(N):
                 kv = n // (N // spec.num_kv_heads)
@@ -105,7 +105,7 @@ def attend_latent(
     out, lse = np.zeros((T, N, spec.v_head_size)), np.full((T, N), -np.inf)
     for row in real_rows(step):
         for t in row.tokens:
-            (entries,) = cache.read(step, row.index, np.arange(int(step.positions[t]) + 1))
+            (entries,) = cache.read(step, row.number, np.arange(int(step.positions[t]) + 1))
             c, r = wide(entries[:, :C]), wide(entries[:, C:])
             for n in range(N):
                 keys = c @ to_keys[n].T  # [n, Hn]

@@ -98,4 +98,6 @@ class ReferenceDevice:
     def check_open(self) -> None:
         """Raises DeviceError after `close`."""
         if not self._open:
-            raise DeviceError("the device of backend 'cpu_reference' is closed; open it again before using it")
+            raise DeviceError(
+                "the device of backend 'cpu_reference' is closed; open it again before using it"
+            )

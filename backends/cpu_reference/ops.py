@@ -43,7 +43,7 @@ class ReferenceOps(Ops):
     def __init__(self, dtype: str) -> None:
         if dtype not in DTYPES:
             raise UnsupportedError(
-                f"dtype {dtype!r} was asked for, but backend 'cpu_reference' declares {' and '.join(DTYPES)}; "
+                f"dtype {dtype!r} was asked for, but backend 'cpu_reference' has {' and '.join(DTYPES)}; "
                 "use one of them"
             )
         self._dtype = np.dtype(dtype)
@@ -125,9 +125,7 @@ class ReferenceOps(Ops):
         want_lse: bool = False,
     ) -> tuple[Array, Array | None, Cache]:
         """See `Ops`. The log-sum-exp is float64."""
-        out, lse, cache = attention.attend_latent(
-            q_nope, q_rope, latent, k_rope, w_k, w_v, cache, step, spec
-        )
+        out, lse, cache = attention.attend_latent(q_nope, q_rope, latent, k_rope, w_k, w_v, cache, step, spec)
         return self._round(out), lse if want_lse else None, cache
 
     def short_conv(

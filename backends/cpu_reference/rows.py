@@ -11,9 +11,9 @@ from core.contract.batch import Step
 
 
 class Row(NamedTuple):
-    """A real row: its index, its tokens in this step, and the length of its sequence with them."""
+    """A real row: its number in the step, its tokens in this step, and the length of its sequence with them."""
 
-    index: int
+    number: int
     tokens: range
     length: int
 
@@ -21,9 +21,7 @@ class Row(NamedTuple):
 def real_rows(step: Step) -> list[Row]:
     """The rows that are not padding. A padded row has length 0."""
     starts, lengths = step.query_start.tolist(), step.seq_lens.tolist()
-    return [
-        Row(r, range(starts[r], starts[r + 1]), length) for r, length in enumerate(lengths) if length > 0
-    ]
+    return [Row(r, range(starts[r], starts[r + 1]), length) for r, length in enumerate(lengths) if length > 0]
 
 
 def real_tokens(step: Step) -> npt.NDArray[Any]:

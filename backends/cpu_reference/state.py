@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,16 @@ from core.contract.opspecs import ConvSpec, ScanSpec
 Array = npt.NDArray[Any]
 
 
-def _begin(cache: Cache, name: str, step: Step) -> Iterator[tuple[Row, Array]]:
+def _begin(cache: Cache, name: str, step: Step) -> list[tuple[Row, Array]]:
     """Each real row and a copy of the state that it continues from; all are read before any is written."""
     fields = step.state(cache.group)
     part = cache.parts[name]
-    cache.touch([0, *(slot for slot in fields.read if slot >= 0)])
+    cache.touch([slot for slot in fields.read if slot >= 0])
     found = []
     for row in real_rows(step):
-        slot = int(fields.read[row.index])
+        slot = int(fields.read[row.number])
         found.append((row, np.zeros_like(part[0]) if slot < 0 else part[slot].copy()))
-    return iter(found)
+    return found
 
 
 def _store(cache: Cache, name: str, slot: Any, state: Array) -> None:
@@ -50,10 +49,10 @@ def short_conv(
                 y = y + w[:, j] * inputs[i + j]
             out[t] = y if spec.activation is None else activate(y, spec.activation)
         count = len(row.tokens)
-        _store(cache, "conv", fields.write[row.index], inputs[count : count + W - 1].T)
-        offset = int(fields.checkpoint_offset[row.index])
+        _store(cache, "conv", fields.write[row.number], inputs[count : count + W - 1].T)
+        offset = int(fields.checkpoint_offset[row.number])
         if offset:
-            slot = fields.checkpoint_slot[row.index]
+            slot = fields.checkpoint_slot[row.number]
             _store(cache, "conv", slot, inputs[offset : offset + W - 1].T)
     return out, cache
 
@@ -81,7 +80,7 @@ def gated_delta(
     rate, shift = np.exp(wide(a_log)), wide(dt_bias)
     out = np.zeros(v.shape)
     for row, state in _begin(cache, "scan", step):
-        offset = int(fields.checkpoint_offset[row.index])
+        offset = int(fields.checkpoint_offset[row.number])
         for i, t in enumerate(row.tokens):
             decay = np.exp(-rate * softplus(wide(a[t]) + shift))  # [N]
             beta = sigmoid(wide(b[t]))
@@ -93,8 +92,8 @@ def gated_delta(
                 state[n] = S
                 out[t, n] = query @ wide(state[n])
             if i + 1 == offset:
-                _store(cache, "scan", fields.checkpoint_slot[row.index], state)
-        _store(cache, "scan", fields.write[row.index], state)
+                _store(cache, "scan", fields.checkpoint_slot[row.number], state)
+        _store(cache, "scan", fields.write[row.number], state)
     return out, cache
 
 

@@ -151,7 +151,8 @@ class Ops:
         Query head n reads KV head n // (N / K). The query at position p of row r sees keys j of its row with
         j <= p (causal), p - j < window, j // chunk == p // chunk; score = scale * q . k, soft-capped where
         asked; softmax over them, plus exp(sinks[n]) in the denominator. A query that sees no key gives 0 and
-        lse -inf, sinks or not. `k` and `v` None: nothing is written; the cache is another layer's. lse float32 [T, N],
+        lse -inf, sinks or not. `k` and `v` None: nothing is written; the cache is another layer's. lse
+        float32 [T, N],
         natural logarithm, sinks included.
         """
         raise _missing(self, "attend")

@@ -132,7 +132,8 @@ class BackendSpec:
         collectives: methods of `Communicator` that work.
         max_world_size: ranks of one communicator at most; 1 = no parallelism.
         lengths_on_device: `accepted[request_slot]` is kept on the device, so verification may be overlapped.
-        device_sampler: `core_sampler` is implemented. Otherwise a Program may take greedy rows itself and gives
+        device_sampler: `core_sampler` is implemented. Otherwise a Program may take greedy rows itself and
+            gives
             all others to the reference sampler on the host.
         sampler_history: `State.history` holds each slot's output, so penalties may be overlapped.
         host_batch: Program.run reads the host StepBatch itself (eager backends; host length lists).

@@ -74,14 +74,15 @@ def plan_cache(
     block_size: int,
     max_requests: int,
     max_model_len: int,
+    max_step_tokens: int,
     budget_bytes: int,
     num_blocks: int | None = None,
     checkpoints: int | None = None,
 ) -> CacheBudget:
-    """Groups and pool sizes that fit `budget_bytes`, and never more than all requests at full length can use
-    twice.
+    """Groups and pool sizes that fit `budget_bytes`, at most what all requests at full length can use.
 
-    `num_blocks` fixes the size of full-attention pools; `checkpoints` the state slots beyond one per request.
+    `max_step_tokens` counts the tokens of all steps in flight. `num_blocks` fixes the size of full-attention
+    pools; `checkpoints` the state slots beyond one per request.
 
     Raises:
         ConfigError: the budget does not hold one request at full length; names what would.
@@ -95,7 +96,7 @@ def plan_cache(
         if kind == "state":
             size = 1 + max_requests + (2 * max_requests if checkpoints is None else checkpoints)
         else:
-            size = 1 + _wanted_blocks(per_request, block_size, window, max_requests)
+            size = 1 + _wanted_blocks(per_request, block_size, window, max_requests, max_step_tokens)
         groups.append(
             CacheGroupSpec(kind=kind, layers=members, block_size=block_size, num_blocks=size, window=window)
         )
@@ -107,10 +108,14 @@ def plan_cache(
     return CacheBudget(plan, plan_bytes(allocator, plan), tokens, tokens / max_model_len)
 
 
-def _wanted_blocks(per_request: int, block_size: int, window: int | None, max_requests: int) -> int:
-    if window is not None:
-        per_request = min(per_request, -(-window // block_size) + 2)
-    return per_request * max_requests
+def _wanted_blocks(
+    per_request: int, block_size: int, window: int | None, max_requests: int, max_step_tokens: int
+) -> int:
+    """Blocks that all requests can use at once; in a window, what is seen and what steps in flight write."""
+    if window is None:
+        return per_request * max_requests
+    visible = min(per_request, -(-window // block_size) + 2)
+    return min(visible * max_requests + -(-max_step_tokens // block_size), per_request * max_requests)
 
 
 def plan_bytes(allocator: MemoryAllocator, plan: CachePlan) -> int:

@@ -143,6 +143,7 @@ class RankWorker:
             block_size=block_size,
             max_requests=config.max_requests,
             max_model_len=max_model_len,
+            max_step_tokens=config.max_batch_tokens * (config.overlap or spec.overlap),
             budget_bytes=budget_bytes,
             num_blocks=config.num_blocks,
         )

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from core.weights.checkpoint import Checkpoint
 
 from core.contract.batch import Step
 from core.contract.errors import WeightError
@@ -23,6 +22,7 @@ from core.contract.types import Array, CacheHandle, Packed, PackRequest, Param, 
 from core.models.base import Constant, ModelDefinition, leaves, map_tree, rope_table
 from core.models.config import ModelConfig
 from core.parallel.sharding import Shard, mark
+from core.weights.checkpoint import Checkpoint
 
 Progress = Callable[[int, int], None]
 """progress(bytes done, bytes in all)."""

@@ -36,10 +36,16 @@ def trained() -> dict[str, Any]:
     return found
 
 
-def write_gguf(path: Path, pre: str | None, add_bos: bool | None = None, kind: str = "gpt2") -> Path:
-    """A GGUF file with a vocabulary and no tensors."""
+def write_gguf(
+    path: Path,
+    pre: str | None,
+    add_bos: bool | None = None,
+    kind: str = "gpt2",
+    words: tuple[str, ...] = (),
+) -> Path:
+    """A GGUF file with a vocabulary and no tensors; `words` are tokens that no merge leads to."""
     model = trained()
-    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    tokens = [*sorted(model["vocab"], key=model["vocab"].__getitem__), *words]
     kinds = [CONTROL if t in (BOS, EOS, TURN) else USER_DEFINED if t == TOOL else NORMAL for t in tokens]
     writer = GGUFWriter(path, "llama")
     writer.add_tokenizer_model(kind)

@@ -80,6 +80,12 @@ def test_bos_is_added_where_the_file_or_its_family_wants_it(
     assert 0 not in found.encode("the", add_special_tokens=False)
 
 
+@pytest.mark.parametrize(("pre", "count"), [("llama-bpe", 1), ("gpt-2", 2)])
+def test_llama3_takes_a_word_that_no_merge_leads_to(tmp_path: Path, pre: str, count: int) -> None:
+    found = load_tokenizer(small.write_gguf(tmp_path / "m.gguf", pre, add_bos=False, words=("zq",)))
+    assert len(found.encode("zq")) == count
+
+
 def test_a_gguf_tells_its_special_tokens(tmp_path: Path) -> None:
     found = load_tokenizer(small.write_gguf(tmp_path / "m.gguf", "smollm"))
     assert (found.bos_token, found.bos_token_id) == (small.BOS, 0)

@@ -1,0 +1,1 @@
+"""The conformance suite: checks of a backend against the CPU reference. It knows no vendor."""

@@ -105,7 +105,7 @@ def gamma(n: int, u: float) -> float:
 
 
 def gamma_prob(n: int, u: float, lam: float = 8.0) -> float:
-    """exp(lam sqrt(n) u + n u^2 / (1 - u)) - 1: n roundings in a row, but for a chance of 2 n exp(-lam^2 / 2)."""
+    """exp(lam sqrt(n) u + n u^2 / (1 - u)) - 1, exceeded with a chance of at most 2 n exp(-lam^2 / 2)."""
     return float(np.expm1(lam * np.sqrt(n) * u + n * u * u / (1 - u)))
 
 

@@ -43,8 +43,6 @@ from core.contract.spec import BackendSpec
 from core.contract.types import CacheLayerSpec, DeviceInfo, PackRequest, Unavailable
 from core.plugins import BackendHandle, Plugins
 
-Names = dict[str, Callable[..., Any]]
-
 
 def backend(name: str, **changes: Any) -> NullBackend:
     return NullBackend(replace(SPEC, name=name, **changes))
@@ -580,15 +578,21 @@ def test_kernels_are_offered_by_the_backend_and_by_addons_but_by_no_other_backen
     assert offers == (("own", own), ("a_addon", first), ("z_addon", second))
 
 
-def test_observers_of_all_plugins_come_by_name(host: Plugins) -> None:
-    def observing(name: str) -> Any:
-        return with_methods(Addon, core_observer=lambda self, request: [name, request.engine])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_observers_of_all_plugins_come_by_name(host: Plugins, reverse: bool) -> None:
+    def observing(base: type, name: str, *args: Any) -> Any:
+        return with_methods(base, *args, core_observer=lambda self, request: [name, request.engine])
 
-    for name in ("z", "a"):
-        host.register_addon(observing(name), name)
-    host.register_backend(backend("b"), "b")
+    steps: list[Callable[[], Any]] = [
+        lambda: host.register_addon(observing(Addon, "z"), "z"),
+        lambda: host.register_addon(observing(Addon, "a"), "a"),
+        lambda: host.register_backend(observing(NullBackend, "m", replace(SPEC, name="m")), "m"),
+        lambda: host.register_backend(backend("b"), "b"),
+    ]
+    for step in reversed(steps) if reverse else steps:
+        step()
     observers: tuple[Observer, ...] = host.observers(ObserverRequest(engine="e"))
-    assert observers == ("a", "e", "z", "e")
+    assert observers == ("a", "e", "m", "e", "z", "e")
 
 
 def test_every_plugin_may_add_commands_and_a_broken_one_stops_no_other(

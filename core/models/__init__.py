@@ -9,6 +9,8 @@ from typing import Any, cast
 from core.contract.errors import ConfigError
 from core.models.base import ModelDefinition
 
+__all__ = ["ARCHITECTURES", "ModelDefinition", "definition"]
+
 ARCHITECTURES: Mapping[str, str] = {
     "LlamaForCausalLM": "llama",
     "Qwen2ForCausalLM": "llama",

@@ -14,7 +14,7 @@ Constant in `params` and packed arrays in `forward`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -34,6 +34,12 @@ class ModelDefinition(Protocol):
 
     def config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """ModelConfig from a Hugging Face configuration. Raises ConfigError."""
+
+    def adapt(self, c: ModelConfig, names: Collection[str]) -> ModelConfig:
+        """The configuration, completed by how this checkpoint names its tensors."""
+
+    def ignored(self, c: ModelConfig, name: str) -> bool:
+        """Whether a checkpoint may hold this tensor though the model does not use it."""
 
     def params(self, c: ModelConfig) -> Any:
         """Tree of Param and Constant, global shapes."""

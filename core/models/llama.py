@@ -6,7 +6,7 @@ tied head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,16 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         eos_token_ids=eos_ids(hf),
         dtype=checkpoint_dtype(hf),
     )
+
+
+def adapt(c: ModelConfig, names: Collection[str]) -> ModelConfig:
+    """See `core.models.base`."""
+    return c
+
+
+def ignored(c: ModelConfig, name: str) -> bool:
+    """Rotary tables that old checkpoints hold, and a head's own copy of a tied embedding."""
+    return name.endswith("rotary_emb.inv_freq") or (c.tied_head and name == "lm_head.weight")
 
 
 def attention_params(c: ModelConfig, layer: str, *, zero_centred: bool = False) -> Attention:

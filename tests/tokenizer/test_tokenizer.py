@@ -19,7 +19,7 @@ from . import small
 
 
 def texts(count: int = 300) -> list[str]:
-    """What tokenizers disagree on: digits, runs of spaces, contractions, accents, scripts, spelled specials."""
+    """What tokenizers disagree on: digits, runs of spaces, contractions, scripts, spelled specials."""
     rng = random.Random(0)
     parts = [
         "the",

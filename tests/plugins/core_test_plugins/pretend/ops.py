@@ -87,8 +87,8 @@ class PretendOps(Ops):
         paged = step.paged(cache.group)
         keys, values = cache.k.flatten(0, 1), cache.v.flatten(0, 1)  # [slots, K, H]
         if k is not None and v is not None:
-            keys.index_copy_(0, paged.slots, k)
-            values.index_copy_(0, paged.slots, v)
+            keys.index_copy_(0, paged.slots.long(), k)
+            values.index_copy_(0, paged.slots.long(), v)
         T, N, H = q.shape
         K, R, Z = spec.num_kv_heads, step.bucket.requests, paged.block_size
         row = step.row_of_token.clamp(max=R - 1)

@@ -1,0 +1,342 @@
+"""Cases of the ops that write to a cache and read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from conformance.tolerance import Precision
+from core.contract.opspecs import AttentionSpec, ConvSpec, LatentSpec, QScale, ScanSpec
+from core.contract.spec import BackendSpec, check_capabilities
+from core.contract.types import CacheLayerSpec, StatePart
+from core.contract.errors import UnsupportedError
+from tests.backends import dense
+from tests.backends.cases import (
+    Case,
+    Draw,
+    activations,
+    bias_use,
+    constant_use,
+    per_sequence,
+    product_use,
+    table,
+)
+from tests.backends.dense import Bounded
+from tests.backends.harness import Input
+from tests.backends.steps import World
+
+LENGTHS = (29, 3, 18)
+SCHEDULES = ("whole", "mixed")
+
+
+def attention_spec(
+    N: int = 4, K: int = 2, H: int = 8, Hv: int | None = None, **options: Any
+) -> AttentionSpec:
+    return AttentionSpec(
+        scale=H**-0.5, num_heads=N, num_kv_heads=K, head_size=H, v_head_size=Hv or H, **options
+    )
+
+
+def layer_of(spec: AttentionSpec, dtype: str = "float32", window: int | None = None) -> CacheLayerSpec:
+    """The cache that an attention writes to."""
+    return CacheLayerSpec(
+        kind="paged" if window is None else "window",
+        dtype=dtype,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        v_head_size=spec.v_head_size,
+        window=window,
+    )
+
+
+ATTENTION: dict[str, tuple[AttentionSpec, int | None]] = {
+    "grouped": (attention_spec(), None),
+    "multi-head": (attention_spec(N=3, K=3), None),
+    "multi-query": (attention_spec(N=7, K=1), None),
+    "odd-heads": (attention_spec(N=2, K=2, H=20), None),
+    "narrow-values": (attention_spec(H=12, Hv=8), None),
+    "window": (attention_spec(window=10), None),
+    "window-1": (attention_spec(window=1), None),
+    "window-block": (attention_spec(window=8), None),
+    "window-group": (attention_spec(window=9), 9),
+    "chunk": (attention_spec(chunk=6), None),
+    "soft-cap": (attention_spec(soft_cap=1.5), None),
+    "sinks": (attention_spec(sinks=True), None),
+    "window-sinks": (attention_spec(window=5, sinks=True), None),
+    "non-causal": (attention_spec(causal=False), None),
+    "q-scale": (attention_spec(q_scale=QScale(factor=0.4, floor=4)), None),
+}
+
+
+def declares(*records: object, lse: bool = False) -> Any:
+    """Whether a backend declares everything that these records use."""
+
+    def supported(spec: BackendSpec) -> bool:
+        sizes = spec.attention.head_sizes
+        for record in records:
+            if isinstance(record, AttentionSpec) and sizes and record.head_size not in sizes:
+                return False
+            try:
+                check_capabilities(spec, record)
+            except UnsupportedError:
+                return False
+        return spec.attention.lse or not lse
+
+    return supported
+
+
+def attention_cases() -> Iterator[Case]:
+    for name, (spec, window) in ATTENTION.items():
+        world = World(LENGTHS, (layer_of(spec, window=window),))
+        draw, n = Draw(len(name)), world.num_tokens
+        q = draw(n, spec.num_heads, spec.head_size)
+        k = draw(n, spec.num_kv_heads, spec.head_size)
+        v = draw(n, spec.num_kv_heads, spec.v_head_size)
+        sinks = draw(spec.num_heads) if spec.sinks else None
+        source, slices = table(q, k, v)
+        inputs = {"x": source, "sinks": bias_use(np.zeros(1) if sinks is None else sinks)}
+        for part in ("out", "lse"):
+
+            def fn(
+                ops: Any, w: Any, caches: Any, step: Any, spec: Any = spec, s: Any = slices, part: str = part
+            ) -> Any:
+                q, k, v = activations(ops, w, step, s)
+                N, K, H = spec.num_heads, spec.num_kv_heads, spec.head_size
+                out, lse, cache = ops.attend(
+                    q.reshape(-1, N, H),
+                    k.reshape(-1, K, H),
+                    v.reshape(-1, K, spec.v_head_size),
+                    caches[0],
+                    step,
+                    spec,
+                    w["sinks"] if spec.sinks else None,
+                    part == "lse",
+                )
+                return (lse if part == "lse" else out.reshape(-1, N * spec.v_head_size)), (cache,)
+
+            def exact(
+                p: Precision,
+                world: Any = world,
+                q: Any = q,
+                k: Any = k,
+                v: Any = v,
+                spec: Any = spec,
+                sinks: Any = sinks,
+                part: str = part,
+            ) -> Bounded:
+                def one(t: slice) -> Bounded:
+                    y = dense.attend(Bounded(q[t]), Bounded(k[t]), Bounded(v[t]), spec, sinks, p)
+                    return y[part == "lse"]
+
+                return per_sequence(world, one)
+
+            yield Case(
+                "attend",
+                f"attend-{name}-{part}",
+                world,
+                inputs,
+                fn,
+                exact,
+                SCHEDULES if spec.causal else ("whole",),
+                declares(spec, lse=part == "lse"),
+            )
+
+
+def shared_cache_case() -> Case:
+    """A second attention reads what the first wrote, and writes nothing."""
+    spec = attention_spec()
+    world = World(LENGTHS, (layer_of(spec),))
+    draw, n = Draw(77), world.num_tokens
+    first, second = draw(n, 4, 8), draw(n, 4, 8)
+    k, v = draw(n, 2, 8), draw(n, 2, 8)
+    source, slices = table(first, second, k, v)
+
+    def fn(ops: Any, w: Any, caches: Any, step: Any) -> Any:
+        first, second, k, v = activations(ops, w, step, slices)
+        heads = (-1, 4, 8)
+        _, _, cache = ops.attend(
+            first.reshape(heads), k.reshape(-1, 2, 8), v.reshape(-1, 2, 8), caches[0], step, spec
+        )
+        out, _, cache = ops.attend(second.reshape(heads), None, None, cache, step, spec)
+        return out.reshape(-1, 32), (cache,)
+
+    def exact(p: Precision) -> Bounded:
+        return per_sequence(
+            world,
+            lambda t: dense.attend(Bounded(second[t]), Bounded(k[t]), Bounded(v[t]), spec, None, p)[0],
+        )
+
+    return Case("attend", "attend-shared-cache", world, {"x": source}, fn, exact, SCHEDULES)
+
+
+LATENT = LatentSpec(
+    scale=0.2, num_heads=3, nope_size=6, rope_size=4, v_head_size=5, latent_size=16, accumulator="float32"
+)
+
+
+def latent_layer() -> CacheLayerSpec:
+    """The cache of `LATENT`."""
+    return CacheLayerSpec(
+        kind="latent", dtype="float32", latent_size=LATENT.latent_size, rope_size=LATENT.rope_size
+    )
+
+
+def latent_cases() -> Iterator[Case]:
+    world, draw, s = World(LENGTHS, (latent_layer(),)), Draw(21), LATENT
+    n, N, C, P = world.num_tokens, s.num_heads, s.latent_size, s.rope_size
+    q_nope, q_rope, c, r = draw(n, N, s.nope_size), draw(n, N, P), draw(n, C), draw(n, P)
+    w_k, w_v = draw.weight(N * s.nope_size, C), draw.weight(N * s.v_head_size, C)
+    source, slices = table(q_nope, q_rope, c, r)
+    inputs = {"x": source, "w_k": product_use(w_k), "w_v": product_use(w_v)}
+    for part in ("out", "lse"):
+
+        def fn(ops: Any, w: Any, caches: Any, step: Any, part: str = part) -> Any:
+            q_nope, q_rope, c, r = activations(ops, w, step, slices)
+            out, lse, cache = ops.attend_latent(
+                q_nope.reshape(-1, N, s.nope_size),
+                q_rope.reshape(-1, N, P),
+                c,
+                r,
+                w["w_k"],
+                w["w_v"],
+                caches[0],
+                step,
+                s,
+                part == "lse",
+            )
+            return (lse if part == "lse" else out.reshape(-1, N * s.v_head_size)), (cache,)
+
+        def exact(p: Precision, part: str = part) -> Bounded:
+            def one(t: slice) -> Bounded:
+                parts = (Bounded(x[t]) for x in (q_nope, q_rope, c, r))
+                return dense.attend_latent(*parts, w_k, w_v, s, p)[part == "lse"]
+
+            return per_sequence(world, one)
+
+        yield Case(
+            "attend_latent",
+            f"attend_latent-{part}",
+            world,
+            inputs,
+            fn,
+            exact,
+            SCHEDULES,
+            lambda spec, part=part: spec.attention.latent and (part == "out" or spec.attention.lse),  # type: ignore[misc]
+        )
+
+
+def conv_cases() -> Iterator[Case]:
+    for width, activation, biased in ((4, "silu", False), (2, None, True), (3, "gelu", True)):
+        C = 10
+        layer = CacheLayerSpec(
+            kind="state",
+            dtype="float32",
+            state=(StatePart(name="conv", shape=(C, width - 1), dtype="float32"),),
+        )
+        world, draw = World(LENGTHS, (layer,)), Draw(width)
+        x, w, b = draw(world.num_tokens, C), draw(C, width), draw(C)
+        spec = ConvSpec(channels=C, width=width, activation=activation)  # type: ignore[arg-type]
+        inputs = {"x": table(x)[0], "w": Input(w, ("conv",)), "b": bias_use(b)}
+
+        def fn(ops: Any, w: Any, caches: Any, step: Any, spec: Any = spec, biased: bool = biased) -> Any:
+            (x,) = activations(ops, w, step, [slice(None)])
+            y, cache = ops.short_conv(x, w["w"], w["b"] if biased else None, caches[0], step, spec)
+            return y, (cache,)
+
+        def exact(
+            p: Precision,
+            world: Any = world,
+            x: Any = x,
+            w: Any = w,
+            b: Any = b if biased else None,
+            spec: Any = spec,
+        ) -> Bounded:
+            return per_sequence(world, lambda t: dense.short_conv(x[t], w, b, spec.activation, p))
+
+        yield Case(
+            "short_conv",
+            f"short_conv-{width}",
+            world,
+            inputs,
+            fn,
+            exact,
+            SCHEDULES,
+            lambda spec: bool(spec.state_kinds),
+        )
+
+
+SCAN = ScanSpec(kind="gated_delta", num_k_heads=2, num_v_heads=4, k_size=8, v_size=6, scale=8**-0.5)
+
+
+def scan_layer(dtype: str = "float32") -> CacheLayerSpec:
+    """The state of `SCAN`."""
+    shape = (SCAN.num_v_heads, SCAN.k_size, SCAN.v_size)
+    return CacheLayerSpec(
+        kind="state", dtype=dtype, state=(StatePart(name="scan", shape=shape, dtype=dtype),)
+    )
+
+
+def scan_case(name: str, lengths: tuple[int, ...], spec: ScanSpec) -> Case:
+    """q, k, v, a and b are random; decays range from fast to slow over the heads."""
+    world, draw = World(lengths, (scan_layer(),)), Draw(31)
+    n, K, N = world.num_tokens, spec.num_k_heads, spec.num_v_heads
+    size = 1.0 if spec.l2_norm_eps is not None else 0.2
+    q, k, v = draw(n, K, spec.k_size), draw(n, K, spec.k_size, scale=size), draw(n, N, spec.v_size)
+    a, b = draw(n, N), draw(n, N)
+    a_log, dt_bias = np.linspace(-3, 1, N).astype(np.float32).astype(np.float64), draw(N)
+    source, slices = table(q, k, v, a, b)
+    inputs = {"x": source, "a_log": constant_use(a_log), "dt_bias": constant_use(dt_bias)}
+
+    def fn(ops: Any, w: Any, caches: Any, step: Any) -> Any:
+        q, k, v, a, b = activations(ops, w, step, slices)
+        y, cache = ops.state_scan(
+            q.reshape(-1, K, spec.k_size),
+            k.reshape(-1, K, spec.k_size),
+            v.reshape(-1, N, spec.v_size),
+            a,
+            b,
+            w["a_log"],
+            w["dt_bias"],
+            caches[0],
+            step,
+            spec,
+        )
+        return y.reshape(-1, N * spec.v_size), (cache,)
+
+    def exact(p: Precision) -> Bounded:
+        return per_sequence(
+            world,
+            lambda t: dense.gated_delta(q[t], k[t], v[t], a[t], b[t], a_log, dt_bias, spec, p),
+        )
+
+    return Case(
+        "state_scan",
+        name,
+        world,
+        inputs,
+        fn,
+        exact,
+        SCHEDULES,
+        lambda declared: spec.kind in declared.state_kinds,
+    )
+
+
+def scan_cases() -> Iterator[Case]:
+    yield scan_case("state_scan", LENGTHS, SCAN)
+    yield scan_case("state_scan-long", (150, 70), SCAN)
+    raw = ScanSpec(
+        kind="gated_delta", num_k_heads=4, num_v_heads=4, k_size=8, v_size=6, scale=1.0, l2_norm_eps=None
+    )
+    yield scan_case("state_scan-raw", LENGTHS, raw)
+
+
+def cases() -> list[Case]:
+    return [
+        *attention_cases(),
+        shared_cache_case(),
+        *latent_cases(),
+        *conv_cases(),
+        *scan_cases(),
+    ]

@@ -82,6 +82,11 @@ class Precision:
         return UNIT_ROUNDOFF[self.probability or self.accumulator]
 
     @property
+    def u_wide(self) -> float:
+        """Unit round-off of what is kept in float32 at least: log-sum-exp, routing weights, states, logits."""
+        return min(self.u_out, UNIT_ROUNDOFF["float32"])
+
+    @property
     def tiny(self) -> float:
         """Absolute error that any result may have."""
         return SMALLEST_NORMAL[self.out]
@@ -205,7 +210,8 @@ def lse_error(s: Scores, lse: float, p: Precision, splits: int = 1) -> float:
     """lse = log(sum exp(scores)); merging parts that were computed apart adds two roundings per halving."""
     n = len(s.weights) + 1
     merge = 2 * float(np.log2(max(splits, 1))) * p.u_acc
-    return s.delta(p) + float(np.log1p(p.sums(n))) + (2 * p.exp + abs(lse)) * p.u_acc + merge
+    own = float(np.log1p(p.sums(n))) + (2 * p.exp + abs(lse)) * p.u_acc + p.u_wide * abs(lse)
+    return s.delta(p) + own + merge
 
 
 def reduction_error(parts: Array, p: Precision) -> Array:

@@ -19,6 +19,8 @@ from core.contract.errors import EngineDead, RequestError, UnsupportedError
 from core.contract.types import Bucket, Outputs
 from core.engine.config import EngineConfig, resolve_dtype, resolve_length
 from core.engine.memory import CacheBudget, block_groups, check_layers, choose_block_size
+from core.engine.trace import StepTrace
+from core.env import debug_level
 from core.executor.inline import InlineExecutor
 from core.executor.multiprocess import MultiprocessExecutor
 from core.executor.rank import Executor, read_model
@@ -123,6 +125,7 @@ class Engine:
             clock,
         )
         self._clock = clock
+        self._trace = StepTrace() if debug_level() >= 3 else None
         self._overlap = config.overlap or spec.overlap
         buckets = Buckets(spec, plan, config.max_batch_tokens, self.max_model_len)
         largest = buckets.choose(
@@ -198,6 +201,8 @@ class Engine:
             if oldest is None:
                 return self.scheduler.take_events()
             tokens = self._executor.wait(oldest)
+            if self._trace is not None:
+                self._trace.result(oldest, tokens)
             return self.scheduler.update(oldest, tokens.tokens)
         except Exception as error:
             self._dead = error
@@ -209,6 +214,8 @@ class Engine:
             if plan is None:
                 return
             batch, sampling = self._builder.build(plan)
+            if self._trace is not None:
+                self._trace.batch(batch, plan)
             self._executor.submit(batch, sampling, plan.copies)
 
     def _check_alive(self) -> None:

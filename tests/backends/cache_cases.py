@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from conformance.tolerance import Precision
+from core.contract.errors import UnsupportedError
 from core.contract.opspecs import AttentionSpec, ConvSpec, LatentSpec, QScale, ScanSpec
 from core.contract.spec import BackendSpec, check_capabilities
 from core.contract.types import CacheLayerSpec, StatePart
-from core.contract.errors import UnsupportedError
 from tests.backends import dense
 from tests.backends.cases import (
     Case,

@@ -258,7 +258,7 @@ def gated_delta(
         off = off + np.abs(update) * (unit + p.u_acc * (off_beta[t][:, None] + 4))
         E = E + key * off[:, None, :]
         S = S + k[t][:, :, None] * update[:, None, :]
-        E = E + 2 * p.u_acc * np.abs(S)
+        E = E + (2 * p.u_acc + p.u_wide) * np.abs(S)
         out[t] = np.einsum("nk,nkv->nv", q[t], S)
         error[t] = np.einsum("nk,nkv->nv", np.abs(q[t]), E + (sums + unit) * np.abs(S))
     return Bounded(out, error + p.u_out * np.abs(out) + p.tiny)

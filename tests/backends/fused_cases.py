@@ -40,11 +40,11 @@ from tests.backends.dense import Bounded
 from tests.backends.steps import World
 
 WORLD = World((9, 1, 14))
-T, D, O = WORLD.num_tokens, 24, 20
+T, D, WIDTH = WORLD.num_tokens, 24, 20
 
 
 def fused(op: str, name: str, world: World, inputs: Any, call: Any, exact: Any, **options: Any) -> Case:
-    """`call(apply, ops, w, caches, step)` runs the op by `apply`: the table's own method, or the composite."""
+    """`call(apply, ops, w, caches, step)` runs the op as `apply`: the table's method, or the composite."""
 
     def own(ops: Any, w: Any, caches: Any, step: Any) -> Any:
         return call(getattr(ops, op), ops, w, caches, step)
@@ -57,8 +57,8 @@ def fused(op: str, name: str, world: World, inputs: Any, call: Any, exact: Any, 
 
 def row_cases() -> Iterator[Case]:
     draw = Draw(41)
-    h, x, g = draw(T, D), draw(T, O), draw(T, D)
-    w, back, n, b = draw.weight(O, D), draw.weight(D, O), draw.norm(D), draw(O)
+    h, x, g = draw(T, D), draw(T, WIDTH), draw(T, D)
+    w, back, n, b = draw.weight(WIDTH, D), draw.weight(D, WIDTH), draw.norm(D), draw(WIDTH)
     b_back = draw(D)
     source, slices = table(h, x, g)
     inputs = {

@@ -35,7 +35,7 @@ ONE_ARGUMENT: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "sigmoid")
 
 
 def linear_cases() -> Iterator[Case]:
-    for name, O, D, biased, wide in (
+    for name, rows, D, biased, wide in (
         ("plain", 24, 40, False, False),
         ("bias", 17, 33, True, False),
         ("wide", 30, 64, False, True),
@@ -43,8 +43,8 @@ def linear_cases() -> Iterator[Case]:
         ("one-output", 1, 16, False, False),
         ("long", 8, 700, False, False),
     ):
-        draw = Draw(O)
-        x, w, b = draw(T, D), draw.weight(O, D), draw(O)
+        draw = Draw(rows)
+        x, w, b = draw(T, D), draw.weight(rows, D), draw(rows)
         inputs = {"x": table(x)[0], "w": product_use(w), "b": bias_use(b)}
 
         def fn(ops: Any, w: Any, caches: Any, step: Any, biased: bool = biased, wide: bool = wide) -> Any:
@@ -267,7 +267,7 @@ def routed(logits: Array, spec: RouteSpec, bias: Array | None, p: Precision) -> 
     if spec.normalize:
         weights = weights / weights.sum(-1, keepdims=True)
     roundings = 4 * (p.exp + float(np.abs(logits).max()) + 2) * p.u_acc + 2 * p.sums(spec.num_experts)
-    return ids, Bounded(weights * spec.scale, (roundings + 2.0**-24) * np.abs(weights * spec.scale))
+    return ids, Bounded(weights * spec.scale, (roundings + p.u_wide) * np.abs(weights * spec.scale))
 
 
 def route_cases() -> Iterator[Case]:

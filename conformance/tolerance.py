@@ -83,7 +83,7 @@ class Precision:
 
     @property
     def u_wide(self) -> float:
-        """Unit round-off of what is kept in float32 at least: log-sum-exp, routing weights, states, logits."""
+        """Unit round-off of what is kept in float32 at least: log-sum-exp, routing weights, states."""
         return min(self.u_out, UNIT_ROUNDOFF["float32"])
 
     @property

@@ -11,7 +11,7 @@ from core.contract.batch import Step
 
 
 class Row(NamedTuple):
-    """A real row: its number in the step, its tokens in this step, and the length of its sequence with them."""
+    """A real row: its number and its tokens in this step, and the length of its sequence with them."""
 
     number: int
     tokens: range

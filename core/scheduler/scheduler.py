@@ -247,7 +247,7 @@ class Scheduler:
 
     @property
     def _newest_step(self) -> int | None:
-        """Id of the step submitted last, the fence for what is given back now; None where none is in flight."""
+        """Id of the step submitted last, the fence for what is given back now; None = none in flight."""
         return self._in_flight[-1].step_id if self._in_flight else None
 
     def take_events(self) -> list[Event]:

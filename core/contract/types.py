@@ -174,7 +174,10 @@ class Part:
             never cut.
         start: where the region begins in the stored tensor; None = the part is the whole tensor.
         unit: elements of each dimension that stay together when it is cut (a head's rows, say); () = 1 each.
-        transform: applied after reading, in float32: "add_one" for norms stored around zero.
+        pick: (period, first, size): of every `period` rows of the stored tensor (from `start` on) the part is
+            the `size` rows from `first` on; for tensors that interleave two matrices head by head.
+        transform: after reading: "add_one", in float32, for norms stored around zero; "drop_axis_1" removes an
+            axis of size 1, after everything else.
     """
 
     name: str
@@ -182,7 +185,8 @@ class Part:
     axes: tuple[str, ...]
     start: tuple[int, ...] | None = None
     unit: tuple[int, ...] = ()
-    transform: Literal["none", "add_one"] = "none"
+    pick: tuple[int, int, int] | None = None
+    transform: Literal["none", "add_one", "drop_axis_1"] = "none"
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ class ModelConfig:
     """A model's shape and choices. Global as the checkpoint has it, or local to a rank after `local`.
 
     Attributes:
-        layer_kinds: one per layer.
+        layer_kinds: one per layer. windows: tokens that each layer's queries see, None = all; () = all
+            everywhere.
         prefix: what tensor names in the checkpoint begin with.
         attention_gate: q_proj also gives a gate, by which attention's output is multiplied after a sigmoid.
         world_size: ranks that share each layer; sizes above are divided by it in a local config.
@@ -111,6 +112,7 @@ class ModelConfig:
     max_position: int
     rope: RopeConfig
     layer_kinds: tuple[LayerKind, ...]
+    windows: tuple[int | None, ...] = ()
     activation: Activation = "silu"
     tied_head: bool = False
     qkv_bias: bool = False
@@ -191,7 +193,7 @@ def rope_config(hf: Mapping[str, Any], rotary_size: int, *, interleaved: bool = 
     Raises:
         ConfigError: a scaling kind that is not known, or one whose figures are missing.
     """
-    found = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    found = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     theta = float(found.get("rope_theta", hf.get("rope_theta", 10000.0)))
     kind = str(found.get("rope_type", found.get("type", "default")))
     base = RopeConfig(theta=theta, rotary_size=rotary_size, interleaved=interleaved)
@@ -200,10 +202,16 @@ def rope_config(hf: Mapping[str, Any], rotary_size: int, *, interleaved: bool = 
     if kind not in ("linear", "llama3", "yarn"):
         raise ConfigError(f"rope scaling {kind!r} is not known; known are default, linear, llama3 and yarn")
     try:
-        factor = float(found["factor"])
+        factor = float(
+            found["factor"] or hf["max_position_embeddings"] / found["original_max_position_embeddings"]
+        )
         if kind == "linear":
             return replace(base, scaling="linear", factor=factor)
-        length = int(found.get("original_max_position_embeddings") or hf["max_position_embeddings"])
+        length = int(
+            hf.get("original_max_position_embeddings")
+            or found.get("original_max_position_embeddings")
+            or hf["max_position_embeddings"]
+        )
         if kind == "llama3":
             return replace(
                 base,
@@ -255,6 +263,19 @@ def eos_ids(hf: Mapping[str, Any]) -> tuple[int, ...]:
 def checkpoint_dtype(hf: Mapping[str, Any]) -> str:
     """The dtype that the checkpoint was saved in ("float32" where it does not say)."""
     return str(hf.get("dtype") or hf.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+def windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
+    """Windows of Qwen's attention layers: off unless `use_sliding_window`; `layer_types` decides where it is
+    given.
+    """
+    size = hf.get("sliding_window")
+    if not hf.get("use_sliding_window") or not size:
+        return ()
+    kinds = hf.get("layer_types")
+    first = int(hf.get("max_window_layers") or 0)
+    slides = [k == "sliding_attention" for k in kinds] if kinds else [i >= first for i in range(num_layers)]
+    return tuple(int(size) if s else None for s in slides)
 
 
 def all_attention(num_layers: int) -> tuple[LayerKind, ...]:

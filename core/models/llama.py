@@ -15,7 +15,15 @@ from core.contract.ops import Ops
 from core.contract.opspecs import AttentionSpec, Rope, RopeSpec
 from core.contract.types import Array, CacheHandle, CacheLayerSpec, Packed, Param, Part
 from core.models.base import Constant, bias_param, linear_param, norm_param, weight
-from core.models.config import ModelConfig, all_attention, checkpoint_dtype, eos_ids, require, rope_config
+from core.models.config import (
+    ModelConfig,
+    all_attention,
+    checkpoint_dtype,
+    eos_ids,
+    require,
+    rope_config,
+    windows,
+)
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -40,6 +48,8 @@ class Mlp:
     norm: Any
     gate_up: Any
     down: Any
+    gate_up_bias: Any = None
+    down_bias: Any = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Weights:
 
     embed: Any
     rope: Any
-    layers: tuple[Layer, ...]
+    layers: tuple[Any, ...]
     norm: Any
     head: Any
 
@@ -85,7 +95,9 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         tied_head=bool(hf.get("tie_word_embeddings", False)),
         qkv_bias=qwen2 or bool(hf.get("attention_bias", False)),
         output_bias=not qwen2 and bool(hf.get("attention_bias", False)),
+        mlp_bias=bool(hf.get("mlp_bias", False)),
         qk_norm=architecture.startswith("Qwen3"),
+        windows=windows(hf, int(hf["num_hidden_layers"])),
         eos_token_ids=eos_ids(hf),
         dtype=checkpoint_dtype(hf),
     )
@@ -130,6 +142,10 @@ def mlp_params(c: ModelConfig, layer: str, *, zero_centred: bool = False) -> Mlp
             weight(f"{m}.gate_proj", F, "mlp", D, "embed"), weight(f"{m}.up_proj", F, "mlp", D, "embed")
         ),
         down=linear_param(weight(f"{m}.down_proj", D, "embed", F, "mlp")),
+        gate_up_bias=bias_param((f"{m}.gate_proj", F, "mlp", 1), (f"{m}.up_proj", F, "mlp", 1))
+        if c.mlp_bias
+        else None,
+        down_bias=bias_param((f"{m}.down_proj", D, "embed", 1)) if c.mlp_bias else None,
     )
 
 
@@ -160,13 +176,19 @@ def params(c: ModelConfig) -> Weights:
 
 def cache_layers(c: ModelConfig, dtype: str) -> tuple[CacheLayerSpec, ...]:
     """See `core.models.base`."""
-    return (paged_layer(c, dtype),) * c.num_layers
+    return tuple(paged_layer(c, dtype, window_of(c, i)) for i in range(c.num_layers))
 
 
-def paged_layer(c: ModelConfig, dtype: str) -> CacheLayerSpec:
-    """The cache of one full-attention layer."""
+def window_of(c: ModelConfig, layer: int) -> int | None:
+    """Tokens that a layer's queries see; None = all."""
+    return c.windows[layer] if c.windows else None
+
+
+def paged_layer(c: ModelConfig, dtype: str, window: int | None = None) -> CacheLayerSpec:
+    """The cache of one attention layer."""
     return CacheLayerSpec(
-        kind="paged",
+        kind="paged" if window is None else "window",
+        window=window,
         dtype=dtype,
         num_kv_heads=c.num_kv_heads,
         head_size=c.head_size,
@@ -174,9 +196,10 @@ def paged_layer(c: ModelConfig, dtype: str) -> CacheLayerSpec:
     )
 
 
-def attention_spec(c: ModelConfig) -> AttentionSpec:
-    """Plain causal attention over this config's local heads."""
+def attention_spec(c: ModelConfig, window: int | None = None) -> AttentionSpec:
+    """Causal attention over this config's local heads."""
     return AttentionSpec(
+        window=window,
         scale=c.head_size**-0.5,
         num_heads=c.num_heads,
         num_kv_heads=c.num_kv_heads,
@@ -191,7 +214,14 @@ def rope_of(c: ModelConfig, table: Packed) -> Rope:
 
 
 def attend(
-    ops: Ops, c: ModelConfig, w: Attention, rope: Rope, h: Array, cache: CacheHandle, step: Step
+    ops: Ops,
+    c: ModelConfig,
+    w: Attention,
+    rope: Rope,
+    h: Array,
+    cache: CacheHandle,
+    step: Step,
+    window: int | None = None,
 ) -> tuple[Array, CacheHandle]:
     """h + attention(h): [T, D]."""
     N, K, H = c.num_heads, c.num_kv_heads, c.head_size
@@ -200,14 +230,18 @@ def attend(
     k = qkv[:, N * H : (N + K) * H].reshape(-1, K, H)  # [T, K, H]
     v = qkv[:, (N + K) * H :].reshape(-1, K, H)
     out, cache = ops.norm_rope_attend(
-        q, k, v, w.q_norm, w.k_norm, c.norm_eps, rope, cache, step, attention_spec(c)
+        q, k, v, w.q_norm, w.k_norm, c.norm_eps, rope, cache, step, attention_spec(c, window)
     )
     return ops.linear_add(out.reshape(-1, N * H), w.o, h, w.o_bias), cache
 
 
 def mlp(ops: Ops, c: ModelConfig, w: Mlp, h: Array) -> Array:
     """h + mlp(h): [T, D]."""
-    return ops.linear_add(ops.norm_linear_glu(h, w.norm, w.gate_up, c.norm_eps, c.activation), w.down, h)
+    if w.gate_up_bias is None:
+        x = ops.norm_linear_glu(h, w.norm, w.gate_up, c.norm_eps, c.activation)  # [T, F]
+    else:
+        x = ops.glu(ops.norm_linear(h, w.norm, w.gate_up, c.norm_eps, w.gate_up_bias), c.activation)
+    return ops.linear_add(x, w.down, h, w.down_bias)
 
 
 def forward(
@@ -218,7 +252,7 @@ def forward(
     rope = rope_of(c, w.rope)
     h = ops.embed_step(w.embed, step)
     for i, layer in enumerate(w.layers):
-        h, cache[i] = attend(ops, c, layer.attention, rope, h, cache[i], step)
+        h, cache[i] = attend(ops, c, layer.attention, rope, h, cache[i], step, window_of(c, i))
         h = mlp(ops, c, layer.mlp, h)
     return h, tuple(cache)
 

@@ -52,11 +52,7 @@ def check_checkpoint(definition: ModelDefinition, c: ModelConfig, checkpoint: Ch
             if part.name not in names:
                 raise WeightError(f"{checkpoint.path} has no tensor {part.name!r} of shape {part.shape}")
             found = checkpoint.shape(part.name)
-            start = part.start or (0,) * len(part.shape)
-            fits = len(found) == len(part.shape) and all(
-                s + n <= f if part.start else n == f for s, n, f in zip(start, part.shape, found, strict=True)
-            )
-            if not fits:
+            if not _fits(part, found):
                 raise WeightError(
                     f"{checkpoint.path}: tensor {part.name!r} has shape {found}, but the config "
                     f"wants {part.shape}{f' from {part.start}' if part.start else ''}"
@@ -67,6 +63,19 @@ def check_checkpoint(definition: ModelDefinition, c: ModelConfig, checkpoint: Ch
             f"{checkpoint.path} has {len(surplus)} tensors that {c.architecture} does not use, "
             f"first {surplus[0]!r}; check that config.json belongs to these weights"
         )
+
+
+def _fits(part: Part, found: tuple[int, ...]) -> bool:
+    """Whether a stored tensor of shape `found` is, or holds, this part."""
+    shape = part.shape
+    if part.pick is not None:
+        period, _, size = part.pick
+        shape = (shape[0] // size * period, *shape[1:])
+    if len(found) != len(shape):
+        return False
+    if part.start is None:
+        return found == shape
+    return all(s + n <= f for s, n, f in zip(part.start, shape, found, strict=True))
 
 
 def load_model(
@@ -142,8 +151,17 @@ def read_param(checkpoint: Checkpoint, param: Param, shard: Shard) -> npt.NDArra
 def read_part(checkpoint: Checkpoint, part: Part, ranges: tuple[slice, ...]) -> npt.NDArray[Any]:
     """A slice of a part; `ranges` are relative to the part."""
     start = part.start or (0,) * len(part.shape)
+    rows = ranges[0]
+    if part.pick is not None:
+        period, _, size = part.pick
+        rows = slice(rows.start // size * period, rows.stop // size * period)
+    ranges = (rows, *ranges[1:])
     index = tuple(slice(s + r.start, s + r.stop) for s, r in zip(start, ranges, strict=True))
     array = checkpoint.read(part.name, index)
+    if part.pick is not None:
+        period, first, size = part.pick
+        groups = array.reshape(-1, period, *array.shape[1:])[:, first : first + size]
+        array = groups.reshape(-1, *array.shape[1:])
     if part.transform == "add_one":
         array = array.astype(np.promote_types(array.dtype, np.float32)) + 1
-    return array
+    return array[:, 0] if part.transform == "drop_axis_1" else array

@@ -19,6 +19,7 @@ from tests.backends.cases import (
     activations,
     bias_use,
     constant_use,
+    exactly,
     per_sequence,
     product_use,
     table,
@@ -27,7 +28,7 @@ from tests.backends.dense import Bounded
 from tests.backends.harness import Input
 from tests.backends.steps import World
 
-LENGTHS = (29, 3, 18)
+LENGTHS = (29, 5, 18)
 SCHEDULES = ("whole", "mixed")
 
 
@@ -285,7 +286,7 @@ def scan_case(name: str, lengths: tuple[int, ...], spec: ScanSpec) -> Case:
     size = 1.0 if spec.l2_norm_eps is not None else 0.2
     q, k, v = draw(n, K, spec.k_size), draw(n, K, spec.k_size, scale=size), draw(n, N, spec.v_size)
     a, b = draw(n, N), draw(n, N)
-    a_log, dt_bias = np.linspace(-3, 1, N).astype(np.float32).astype(np.float64), draw(N)
+    a_log, dt_bias = exactly(np.linspace(-3, 1, N)), draw(N)
     source, slices = table(q, k, v, a, b)
     inputs = {"x": source, "a_log": constant_use(a_log), "dt_bias": constant_use(dt_bias)}
 

@@ -26,7 +26,7 @@ Array = npt.NDArray[Any]
 EPS = 1e-5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Case:
     """An op under one choice of its options.
 
@@ -49,6 +49,11 @@ class Case:
     composite: CaseFunction | None = None
 
 
+def exactly(x: Array) -> Array:
+    """Rounded to what float32 holds exactly, in float64."""
+    return x.astype(np.float32).astype(np.float64)
+
+
 class Draw:
     """Random inputs that float32 holds exactly."""
 
@@ -56,7 +61,7 @@ class Draw:
         self._rng = np.random.default_rng(seed)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Array:
-        return (scale * self._rng.normal(size=shape)).astype(np.float32).astype(np.float64)
+        return exactly(scale * self._rng.normal(size=shape))
 
     def weight(self, out: int, into: int) -> Array:
         """A matrix that keeps the size of what it multiplies."""
@@ -64,13 +69,13 @@ class Draw:
 
     def norm(self, size: int) -> Array:
         """A norm's weight, around 1."""
-        return 1 + np.round(self(size, scale=0.2), 3).astype(np.float32).astype(np.float64)
+        return exactly(1 + self(size, scale=0.2))
 
 
 def rotary(length: int, size: int) -> Array:
     """A rotary table that float32 holds exactly: [length, size], cosines then sines."""
     angles = np.arange(length)[:, None] * 100.0 ** -(np.arange(0, size, 2) / size)
-    return np.concatenate([np.cos(angles), np.sin(angles)], -1).astype(np.float32).astype(np.float64)
+    return exactly(np.concatenate([np.cos(angles), np.sin(angles)], -1))
 
 
 def table(*columns: Array) -> tuple[Input, list[slice]]:

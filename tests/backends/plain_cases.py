@@ -19,6 +19,7 @@ from tests.backends.cases import (
     activations,
     bias_use,
     constant_use,
+    exactly,
     norm_use,
     positions,
     product_use,
@@ -137,7 +138,7 @@ def elementwise_cases() -> Iterator[Case]:
             return dense.glu(Bounded(x), activation, p)
 
         yield Case("glu", f"glu-{activation}", WORLD, {"x": table(x)[0]}, fn, exact)
-    far = np.concatenate([x[:, :24] * 40, x[:, 24:]], 1)  # e^120 is no float32, and silu needs none
+    far = exactly(np.concatenate([x[:, :24] * 40, x[:, 24:]], 1))  # e^120 is no float32, and silu needs none
     yield Case(
         "glu",
         "glu-far",
@@ -208,14 +209,18 @@ def lookup_cases() -> Iterator[Case]:
         lambda ops, w, caches, step: (ops.embed(w["x"], ops.select_tokens(step)), caches),
         lambda p: Bounded(x, p.tiny),
     )
-    reverse = replace(WORLD, lengths=(T,))
+    # One sequence, so positions are ids, and these rows are those of the tokens in reverse.
+    one = replace(WORLD, lengths=(T,))
     yield Case(
         "take",
         "take",
-        reverse,
+        one,
         inputs,
-        lambda ops, w, caches, step: (ops.take(ops.embed(w["x"], step.token_ids), step.positions), caches),
-        lambda p: Bounded(x, p.tiny),
+        lambda ops, w, caches, step: (
+            ops.take(ops.embed(w["x"], step.token_ids), T - 1 - step.positions),
+            caches,
+        ),
+        lambda p: Bounded(x[::-1], p.tiny),
     )
 
 
@@ -265,7 +270,7 @@ def routed(logits: Array, spec: RouteSpec, bias: Array | None, p: Precision) -> 
     if spec.scoring == "softmax_topk":
         weights = np.exp(weights) / np.exp(weights).sum(-1, keepdims=True)
     if spec.normalize:
-        weights = weights / weights.sum(-1, keepdims=True)
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
     roundings = 4 * (p.exp + float(np.abs(logits).max()) + 2) * p.u_acc + 2 * p.sums(spec.num_experts)
     return ids, Bounded(weights * spec.scale, (roundings + p.u_wide) * np.abs(weights * spec.scale))
 
@@ -274,7 +279,7 @@ def route_cases() -> Iterator[Case]:
     logits, bias = Draw(8)(T, 12, scale=2.0), Draw(9)(12, scale=0.5)
     logits[2] = 1.0  # all equal: the lowest ids
     logits[3, 4:8] = 9.0  # ties at the top
-    logits[4] = -np.abs(logits[4]) - 50  # all far below 0
+    logits[4] = exactly(-np.abs(logits[4]) - 50)  # all far below 0
     for name, (spec, biased) in ROUTES.items():
         inputs = {"x": table(logits)[0], "b": bias_use(bias)}
         for part in ("ids", "weights"):

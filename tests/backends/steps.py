@@ -181,19 +181,16 @@ class World:
             v[f"slots.{g}"][tokens] = blocks[positions // Z] * Z + positions % Z
 
     def _bucket(self, rows: Sequence[Row]) -> Bucket:
-        tokens, requests = sum(row.count for row in rows), len(rows)
-        kind: StepKind = "mixed"
-        if all(row.kind == DECODE for row in rows):
-            kind = "decode"
-        elif all(row.kind == PREFILL for row in rows):
-            kind = "prefill"
-        padded = _power_of_two(requests + 1)
+        """One bucket for decode steps and one for all others, so that few programs are compiled."""
+        decode = all(row.kind == DECODE for row in rows)
+        kind: StepKind = "decode" if decode else "mixed"
+        requests = _power_of_two(len(self.lengths) + 1)
         return Bucket(
-            tokens=padded if kind == "decode" else _power_of_two(tokens + 1),
-            requests=padded,
+            tokens=requests if decode else _power_of_two(self.num_tokens + 1),
+            requests=requests,
             widths=tuple(0 if group.kind == "state" else self.width for group in self.plan.groups),
             kind=kind,
-            max_query=_power_of_two(max(row.count for row in rows)),
+            max_query=1 if decode else _power_of_two(max(self.lengths)),
             max_seq=self.width * self.block_size,
             outputs=self.outputs,
         )

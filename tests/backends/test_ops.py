@@ -71,7 +71,8 @@ def reference(name: str, schedule: str) -> Any:
 def test_the_reference_agrees_with_the_formula_over_whole_sequences(case: Case, schedule: str) -> None:
     wanted = case.exact(DOUBLE)
     # Both sides are computed in float64, so both may be off by the bound.
-    assert worst(reference(case.name, schedule), wanted.value, 2 * np.asarray(wanted.error)) <= 1
+    ratio = worst(reference(case.name, schedule), wanted.value, 2 * np.asarray(wanted.error))
+    assert ratio <= 1
 
 
 @pytest.mark.parametrize(("backend", "case", "schedule"), RUNS)
@@ -79,19 +80,22 @@ def test_a_backend_is_within_rule_a_of_the_reference(backend: str, case: Case, s
     bench = Bench(backend, "float32", case.world, case.inputs, case.fn)
     found = bench.run(getattr(case.world, schedule)())
     bound = case.exact(single(backend)).error
-    assert worst(found, reference(case.name, schedule), bound) <= 1
+    ratio = worst(found, reference(case.name, schedule), bound)
+    assert ratio <= 1
 
 
 @pytest.mark.parametrize(("backend", "case"), COMPOSITES)
 def test_a_fused_op_agrees_with_its_composite(backend: str, case: Case) -> None:
     assert case.composite is not None
-    schedule = case.schedules[-1]
-    steps = getattr(case.world, schedule)()
-    own, composite = (
-        Bench(backend, "float32", case.world, case.inputs, fn).run(steps) for fn in (case.fn, case.composite)
-    )
+    bench = Bench(backend, "float32", case.world, case.inputs, case.fn)
+    if case.op in inherited_ops(bench.ops):
+        return  # the op is the composite
+    steps = getattr(case.world, case.schedules[-1])()
+    own = bench.run(steps)
+    composite = Bench(backend, "float32", case.world, case.inputs, case.composite).run(steps)
     bound = case.exact(single(backend)).error
-    assert worst(own, composite, 2 * np.asarray(bound)) <= 1  # each may be off by the bound
+    ratio = worst(own, composite, 2 * np.asarray(bound))  # each may be off by the bound
+    assert ratio <= 1
 
 
 def test_every_op_has_a_case_and_every_fused_op_a_composite() -> None:

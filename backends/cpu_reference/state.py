@@ -89,8 +89,8 @@ def gated_delta(
                 key = _unit(k[t, n // per_key], spec.l2_norm_eps)
                 S = wide(state[n]) * decay[n]
                 S = S + np.outer(key, beta[n] * (wide(v[t, n]) - key @ S))
+                out[t, n] = query @ S
                 state[n] = S
-                out[t, n] = query @ wide(state[n])
             if i + 1 == offset:
                 _store(cache, "scan", fields.checkpoint_slot[row.number], state)
         _store(cache, "scan", fields.write[row.number], state)

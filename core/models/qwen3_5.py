@@ -226,12 +226,13 @@ def cache_layers(c: ModelConfig, dtype: str) -> tuple[CacheLayerSpec, ...]:
     """See `core.models.base`."""
     s = linear_of(c)
     channels = 2 * s.num_k_heads * s.k_size + s.num_v_heads * s.v_size
+    wide = "float64" if dtype == "float64" else "float32"
     state = CacheLayerSpec(
         kind="state",
         dtype=dtype,
         state=(
             StatePart(name="conv", shape=(channels, s.conv_width - 1), dtype=dtype),
-            StatePart(name="scan", shape=(s.num_v_heads, s.k_size, s.v_size), dtype="float32"),
+            StatePart(name="scan", shape=(s.num_v_heads, s.k_size, s.v_size), dtype=wide),
         ),
     )
     return tuple(llama.paged_layer(c, dtype) if kind == "attention" else state for kind in c.layer_kinds)

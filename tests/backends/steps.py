@@ -62,7 +62,6 @@ class World:
     lengths: tuple[int, ...]
     layers: tuple[CacheLayerSpec, ...] = ()
     block_size: int = 8
-    windows: tuple[int | None, ...] = ()
     seed: int = 5
     outputs: Outputs = field(default_factory=lambda: Outputs(all_logits=True))
 

@@ -330,6 +330,15 @@ def test_the_reference_refuses_a_state_or_a_handle_that_a_step_took(name: str) -
         Bench(REFERENCE, "float32", case.world, case.inputs, forgets).step([Row(0, 0, 2)])
 
 
+def test_the_reference_refuses_a_used_state_that_has_no_caches() -> None:
+    bench = words_bench(REFERENCE)
+    old = bench.state
+    bench.step([Row(0, 0, 2)])
+    batch = WORDS.batch([Row(0, 2, 1)], bench.rules)
+    with pytest.raises(DeviceError, match="used before"):
+        bench.program(batch.layout).run(batch, old)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_what_was_never_written_reads_as_nan_on_the_reference(kind: str) -> None:
     bench = empty_bench(REFERENCE, kind)

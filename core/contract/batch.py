@@ -63,7 +63,7 @@ class Field:
 
 @dataclass(frozen=True)
 class StepLayout:
-    """Where each field of a bucket's StepBatch lies. Hashable, so it may be a static argument of a compiler."""
+    """Where each field of a bucket's StepBatch lies. Hashable: may be a compiler's static argument."""
 
     bucket: Bucket
     fields: tuple[Field, ...]

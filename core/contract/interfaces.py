@@ -102,7 +102,7 @@ class MemoryAllocator(Protocol):
     """Owns the device memory of one model: caches, state and weights. Layouts are its own affair."""
 
     def block_bytes(self, layer: CacheLayerSpec, block_size: int) -> int:
-        """Bytes of device memory that one block (or state slot) of this layer takes, padding included. Pure."""
+        """Device bytes that one block (or state slot) of this layer takes, padding included. Pure."""
 
     def allocate_state(self, plan: CachePlan) -> State:
         """Caches for every layer, and `last` [max_requests + 1] zeroed. Blocks hold unspecified values.
@@ -128,7 +128,7 @@ class MemoryAllocator(Protocol):
         """The inverse of `export_blocks`, bit-exact in the cache's dtype."""
 
     def copy_blocks(self, state: State, group: int, src: Sequence[int], dst: Sequence[int]) -> State:
-        """Copy whole blocks (or state slots) in every layer of a group; all reads happen before all writes."""
+        """Copy whole blocks (or state slots) in every layer of a group; reads come before writes."""
 
     def zero_blocks(self, state: State, group: int, blocks: Sequence[int]) -> State:
         """Set blocks (or state slots) to zero in every layer of a group."""

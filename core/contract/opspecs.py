@@ -144,7 +144,7 @@ class ExpertsSpec:
 
 
 class ExpertWeights(NamedTuple):
-    """Packed experts: gate_up [E, 2F, D], gate rows first; down [E, D, F]; biases [E, 2F] and [E, D] or None."""
+    """Packed experts: gate_up [E, 2F, D], gate first; down [E, D, F]; biases [E, 2F], [E, D] or None."""
 
     gate_up: Packed
     down: Packed

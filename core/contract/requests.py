@@ -97,7 +97,7 @@ class SamplerRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class OverrideRequest:
-    """`core_model_override` gets this: the model's family, its frozen configuration and its tree of `Param`."""
+    """`core_model_override` gets this: the model's family, frozen configuration and tree of `Param`."""
 
     device: Any
     family: str

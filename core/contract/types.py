@@ -176,7 +176,7 @@ class Part:
         unit: elements of each dimension that stay together when it is cut (a head's rows, say); () = 1 each.
         pick: (period, first, size): of every `period` rows of the stored tensor (from `start` on) the part is
             the `size` rows from `first` on; for tensors that interleave two matrices head by head.
-        transform: after reading: "add_one", in float32, for norms stored around zero; "drop_axis_1"
+        transform: after reading: "add_one", in float64, for norms stored around zero; "drop_axis_1"
             removes an
             axis of size 1, after everything else.
     """

@@ -163,5 +163,5 @@ def read_part(checkpoint: Checkpoint, part: Part, ranges: tuple[slice, ...]) -> 
         groups = array.reshape(-1, period, *array.shape[1:])[:, first : first + size]
         array = groups.reshape(-1, *array.shape[1:])
     if part.transform == "add_one":
-        array = array.astype(np.promote_types(array.dtype, np.float32)) + 1
+        array = array.astype(np.float64) + 1
     return array[:, 0] if part.transform == "drop_axis_1" else array

@@ -19,7 +19,15 @@ from core.contract.opspecs import LatentSpec, Rope, RouteSpec
 from core.contract.types import Array, CacheHandle, CacheLayerSpec, Part
 from core.models import llama
 from core.models.base import Constant, linear_param, norm_param, weight
-from core.models.config import LatentConfig, ModelConfig, MoeConfig, require, rope_config, yarn_mscale
+from core.models.config import (
+    LatentConfig,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+    require,
+    rope_config,
+    yarn_mscale,
+)
 from core.models.moe import Moe, adapt_experts, moe_params
 from core.models.qwen3_moe import second_half
 
@@ -64,38 +72,39 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     nope, rotary = int(hf["qk_nope_head_dim"]), int(hf["qk_rope_head_dim"])
     is_v3 = hf["architectures"][0] == "DeepseekV3ForCausalLM"
     c = llama.config({**hf, "head_dim": nope + rotary})
+    interleaved = not is_v3 or bool(hf.get("rope_interleave", True))
+    rope = rope_config(hf, rotary, interleaved=interleaved)
     latent = LatentConfig(
         q_rank=int(hf.get("q_lora_rank") or 0),
         kv_rank=int(hf["kv_lora_rank"]),
         nope_size=nope,
         rope_size=rotary,
         v_head_size=int(hf["v_head_dim"]),
-        scale=(nope + rotary) ** -0.5 * _yarn_scale(hf),
+        scale=(nope + rotary) ** -0.5 * _softmax_scale(hf, rope),
     )
-    interleaved = not is_v3 or bool(hf.get("rope_interleave", True))
     return replace(
         c,
         family="deepseek",
         num_kv_heads=c.num_heads,
-        rope=rope_config(hf, rotary, interleaved=interleaved),
+        rope=rope,
         qk_norm=False,
         latent=latent,
         moe=_moe(hf, c.num_layers, is_v3=is_v3),
     )
 
 
-def _yarn_scale(hf: Mapping[str, Any]) -> float:
+def _softmax_scale(hf: Mapping[str, Any], rope: RopeConfig) -> float:
     found = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    all_dim = found.get("mscale_all_dim")
-    if found.get("rope_type", found.get("type", "default")) == "default" or not all_dim:
-        return 1.0
-    return yarn_mscale(float(found["factor"]), float(all_dim)) ** 2
+    all_dim = float(found.get("mscale_all_dim") or 0.0)
+    return 1.0 if rope.scaling == "none" else yarn_mscale(rope.factor, all_dim) ** 2
 
 
 def _moe(hf: Mapping[str, Any], num_layers: int, *, is_v3: bool) -> MoeConfig | None:
     if not hf.get("n_routed_experts"):
         return None
     require(hf, "num_experts_per_tok", "moe_intermediate_size")
+    if is_v3:
+        require(hf, "n_group", "topk_group", "routed_scaling_factor")
     method = "noaux_tc" if is_v3 else str(hf.get("topk_method") or "greedy")
     if method not in _ROUTE_METHODS:
         raise ConfigError(f"topk_method {method!r} is not known; known are {', '.join(_ROUTE_METHODS)}")

@@ -70,10 +70,10 @@ class Layer:
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """See `core.models.base`."""
     text = dict(hf.get("text_config") or hf)
-    text.setdefault("architectures", hf["architectures"])
-    for name in ("tie_word_embeddings", "dtype", "torch_dtype"):
-        if text.get(name) is None:
-            text[name] = hf.get(name)
+    # What the whole checkpoint says of itself wins over what its text part says.
+    for name in ("architectures", "tie_word_embeddings", "dtype", "torch_dtype"):
+        if hf.get(name) is not None:
+            text[name] = hf[name]
     require(text, "linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim", "head_dim")
     if text.get("attention_bias"):
         raise ConfigError("attention_bias is set, but Qwen3.5 is known here without biases only")

@@ -33,7 +33,9 @@ class Layer:
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """See `core.models.base`."""
-    hf = {**hf, "num_experts": hf.get("num_experts") or hf.get("num_local_experts")}
+    experts = hf.get("num_experts") or hf.get("num_local_experts")
+    # Unlike Qwen3's, a window here is every layer's.
+    hf = {**hf, "num_experts": experts, "max_window_layers": 0, "layer_types": None}
     require(hf, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
     dense = set(hf.get("mlp_only_layers") or ())
     every = int(hf.get("decoder_sparse_step") or 1)

@@ -1,0 +1,163 @@
+"""Configurations that a family allows besides the one of its tiny model: the oracle against transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from core.contract.errors import ConfigError, WeightError
+from core.models import definition
+from tests.models import tiny
+from tests.models.harness import SHORT, model_logits
+
+Folder = Callable[[str], Path]
+
+ORACLE = 1e-9
+IDS = tiny.tokens()
+
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.5,
+    "original_max_position_embeddings": 64,
+}
+_LINEAR = {"rope_type": "linear", "rope_theta": 20000.0, "factor": 4.0}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "head size from the width": ("llama", {"head_dim": None}),
+    "as many KV heads as heads": ("llama", {"num_key_value_heads": 4}),
+    "linear scaling": ("llama", {"rope_parameters": _LINEAR}),
+    "yarn without mscale": (
+        "qwen3",
+        {"rope_parameters": {k: v for k, v in _YARN.items() if not k.startswith("mscale")}},
+    ),
+    "window of named layers": (
+        "qwen2_window",
+        {"max_window_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "window of all layers": (
+        "qwen3_moe",
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    ),
+    "every second layer dense": ("qwen3_moe", {"decoder_sparse_step": 2}),
+    "a named layer dense": ("qwen3_moe", {"mlp_only_layers": [1]}),
+    "a value head per key head": ("qwen3_5_text", {"linear_num_value_heads": 2}),
+    "key heads as wide as value heads": ("qwen3_5_text", {"linear_value_head_dim": 16}),
+    "two taps": ("qwen3_5_text", {"linear_conv_kernel_dim": 2}),
+    "layer kinds by interval": ("qwen3_5_text", {"layer_types": None, "full_attention_interval": 2}),
+    "v2, queries of low rank": ("deepseek_v2", {"q_lora_rank": 28}),
+    "v2, yarn": ("deepseek_v2", {"rope_parameters": _YARN}),
+    "v2, no groups": ("deepseek_v2", {"topk_method": "greedy", "n_group": None, "topk_group": None}),
+    "v2, experts in every layer": ("deepseek_v2", {"first_k_dense_replace": 0}),
+    "v3, queries of full rank": ("deepseek_v3", {"q_lora_rank": None}),
+    "v3, one group": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
+    "v3, dense": ("deepseek_v3", {"first_k_dense_replace": 3}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_oracle_equals_transformers(variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, changes = VARIANTS[variant]
+    monkeypatch.setitem(tiny._SETTINGS, name, {**tiny._SETTINGS[name], **changes})
+    folder = tiny.make_folder(name, tmp_path / "model")
+    wanted = tiny.reference_logits(folder, IDS)
+    found = model_logits(folder, IDS, "cpu_reference", "float64")
+    wanted = np.concatenate([wanted, wanted[:SHORT]])
+    assert np.abs(found - wanted).max() <= ORACLE * np.abs(wanted).max()
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """A folder's config.json."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def test_a_tied_head_is_the_whole_checkpoints_affair(tiny_folder: Folder) -> None:
+    hf = config_of(tiny_folder("qwen3_5"))
+    for text, top, wanted in ((False, True, True), (True, False, False), (True, None, True)):
+        hf["text_config"]["tie_word_embeddings"], hf["tie_word_embeddings"] = text, top
+        assert definition(hf).config(hf).tied_head is wanted
+
+
+def test_a_text_config_need_not_name_an_architecture(tiny_folder: Folder) -> None:
+    hf = config_of(tiny_folder("qwen3_5_moe"))
+    hf["text_config"]["architectures"] = None
+    assert definition(hf).config(hf).architecture == "Qwen3_5MoeForConditionalGeneration"
+
+
+@pytest.mark.parametrize("key", ["n_group", "topk_group", "routed_scaling_factor", "kv_lora_rank"])
+def test_missing_routing_figures_are_refused_by_name(key: str, tiny_folder: Folder) -> None:
+    hf = config_of(tiny_folder("deepseek_v3"))
+    del hf[key]
+    with pytest.raises(ConfigError, match=key):
+        definition(hf).config(hf)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("qwen3_5_text", "attention_bias", True),
+        ("deepseek_v2", "attention_bias", True),
+        ("deepseek_v2", "topk_method", "other_way"),
+        ("qwen3_5_text", "layer_types", ["other_kind"] * 4),
+        ("llama", "rope_parameters", {"rope_type": "other_kind"}),
+    ],
+)
+def test_what_is_not_known_is_refused(name: str, key: str, value: object, tiny_folder: Folder) -> None:
+    hf = {**config_of(tiny_folder(name)), key: value}
+    with pytest.raises(ConfigError, match=r"is (not )?known"):
+        definition(hf).config(hf)
+
+
+@pytest.mark.parametrize(
+    ("name", "surplus"),
+    [
+        ("llama", "model.layers.0.self_attn.q_proj.bias"),
+        ("llama", "model.layers.2.mlp.up_proj.weight"),
+        ("qwen3_5", "model.language_model.layers.0.linear_attn.conv1d.bias"),
+        ("qwen3_5_moe", "model.language_model.layers.0.mlp.experts.0.up_proj.weight"),
+        ("deepseek_v3", "model.layers.2.self_attn.kv_b_proj.weight_scale_inv"),
+    ],
+)
+def test_a_tensor_that_the_model_does_not_use_is_refused_by_name(
+    name: str, surplus: str, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    folder = _with_tensors(tiny_folder(name), tmp_path, {surplus: np.ones((2, 2), np.float32)})
+    with pytest.raises(WeightError, match=surplus):
+        model_logits(folder, IDS, "cpu_reference", "float64")
+
+
+@pytest.mark.parametrize(
+    ("name", "surplus"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("qwen3", "lm_head.weight"),
+        ("qwen3_5", "model.visual.other.weight"),
+        ("qwen3_5", "mtp.layers.0.other.weight"),
+        ("deepseek_v3", "model.layers.3.mlp.experts.0.up_proj.weight"),
+    ],
+)
+def test_a_tensor_of_what_the_engine_leaves_out_changes_nothing(
+    name: str, surplus: str, tiny_folder: Folder, tmp_path: Path
+) -> None:
+    folder = tiny_folder(name)
+    more = _with_tensors(folder, tmp_path, {surplus: np.ones((2, 2), np.float32)})
+    found, wanted = (model_logits(f, IDS[:80], "cpu_reference", "float64") for f in (more, folder))
+    assert np.array_equal(found, wanted)
+
+
+def _with_tensors(folder: Path, path: Path, tensors: dict[str, Any]) -> Path:
+    (path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(
+        {**load_file(folder / "model.safetensors"), **tensors},
+        path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return path

@@ -34,6 +34,7 @@ from core.scheduler.waiting import Deadlines, WaitingQueue
 Phase = Literal["prefill", "decode"]
 
 _NONE = np.zeros(0, np.int32)
+_BEFORE_ALL = (-(2**62), 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,7 @@ class Scheduler:
         self._fence = -1
         self._retired = -1
         self._last_phase: Phase = "decode"
+        self._is_short = False
         self._check_limits()
 
     def _check_limits(self) -> None:
@@ -290,20 +292,30 @@ class Scheduler:
         table = self.table
         ready = self._decode[table.planned[self._decode] < table.limit[self._decode]]
         ready = self._within_limits(ready)
-        while len(ready):
+        wanted = len(ready)
+        fits = self.blocks.grow_many(ready, table.planned[ready])
+        if fits < len(ready):
+            # Short of blocks: the first in the order get theirs first, the last give theirs back.
+            ready = self._in_order(ready)
             fits = self.blocks.grow_many(ready, table.planned[ready])
-            if fits == len(ready):
-                break
-            victim = None if self._fence > self._retired else self._victim((-(2**62), 0, 0))
+        while fits < len(ready) and self._fence <= self._retired:
+            victim = self._victim(_BEFORE_ALL)
             if victim is None:
-                ready = ready[:fits]
                 break
             ready = ready[ready != victim.slot]
+            wanted = len(ready)
             self._preempt(victim)
+            fits = self.blocks.grow_many(ready, table.planned[ready])
+        ready = ready[:fits]
+        self._is_short = fits < wanted
         table.computed[ready] += 1
         table.planned[ready] += 1
         table.last_step[ready] = self._next_step
         return ready
+
+    def _in_order(self, slots: Int32) -> Int32:
+        sequences = self.table.sequences
+        return np.array(sorted(slots.tolist(), key=lambda slot: _key_of(sequences[slot])), np.int32)
 
     def _within_limits(self, ready: Int32) -> Int32:
         """Rows that one decode step may hold; where not all, those that waited longest."""
@@ -340,8 +352,12 @@ class Scheduler:
         return picked
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give the first waiting sequence a slot (and its forks theirs) if its prompt fits now."""
-        if len(self._free_slots) < 1 + len(sequence.forks):
+        """Give the first waiting sequence a slot (and its forks theirs) if its prompt fits now.
+
+        Not while a decoding sequence waits for a block: a newcomer would take it, only to be preempted for
+        it.
+        """
+        if self._is_short or len(self._free_slots) < 1 + len(sequence.forks):
             return False
         ids = sequence.all_ids()
         if not self.blocks.fits_now(len(ids)):
@@ -541,3 +557,7 @@ class Scheduler:
             slot, end = int(slots[i]), int(after[i])
             self.blocks.commit(slot, self.table.tokens[slot, :end], end)
             self.blocks.trim_window(slot, end, self._newest_step)
+
+
+def _key_of(sequence: Sequence | None) -> tuple[int, int, int]:
+    return _BEFORE_ALL if sequence is None else sequence.key

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -57,12 +58,28 @@ def check_checkpoint(definition: ModelDefinition, c: ModelConfig, checkpoint: Ch
                     f"{checkpoint.path}: tensor {part.name!r} has shape {found}, but the config "
                     f"wants {part.shape}{f' from {part.start}' if part.start else ''}"
                 )
+    _check_whole(definition, c, checkpoint)
     surplus = sorted(n for n in names - used if not definition.ignored(c, n))
     if surplus:
         raise WeightError(
             f"{checkpoint.path} has {len(surplus)} tensors that {c.architecture} does not use, "
             f"first {surplus[0]!r}; check that config.json belongs to these weights"
         )
+
+
+def _check_whole(definition: ModelDefinition, c: ModelConfig, checkpoint: Checkpoint) -> None:
+    """Refuse a tensor that holds more than the regions which the model reads of it."""
+    held: dict[str, int] = {}
+    params = [leaf for leaf in leaves(definition.params(c)) if isinstance(leaf, Param)]
+    for part in dict.fromkeys(part for param in params for part in param.parts):
+        held[part.name] = held.get(part.name, 0) + prod(part.shape)
+    for name, size in held.items():
+        shape = checkpoint.shape(name)
+        if prod(shape) != size:
+            raise WeightError(
+                f"{checkpoint.path}: tensor {name!r} has shape {shape}, of which {c.architecture} reads "
+                f"{size} of {prod(shape)} elements; check that config.json belongs to these weights"
+            )
 
 
 def _fits(part: Part, found: tuple[int, ...]) -> bool:
@@ -119,12 +136,17 @@ def load_model(
 def step_function(definition: ModelDefinition, local: ModelConfig, tree: Any, shard: Shard) -> StepFunction:
     """The model as a function of (ops, packed weights in `leaves` order, caches, step)."""
     index = {leaf: i for i, leaf in enumerate(leaves(tree))}
+    places: list[int] = []
+    map_tree(lambda leaf: places.append(index[leaf]), tree)
 
     def fn(
         ops: Ops, weights: tuple[Packed, ...], caches: tuple[CacheHandle, ...], step: Step
     ) -> tuple[Array, tuple[CacheHandle, ...]]:
+        # Leaves come in one order always, so none is hashed in a step.
+        place = iter(places)
+
         def array(leaf: Param | Constant) -> Any:
-            packed = weights[index[leaf]]
+            packed = weights[next(place)]
             return mark(leaf, packed, shard) if isinstance(leaf, Param) else packed
 
         w = map_tree(array, tree)

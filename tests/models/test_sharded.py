@@ -24,7 +24,8 @@ from tests.models.tiny import FAMILIES, tokens
 
 EXACT = 1e-9
 IDS = tokens()
-# All have 4 query heads and 2 KV heads, which 4 ranks hold twice; a delta net of 2 key heads is not cut in 4,
+# All have 4 query heads and 1 or 2 KV heads, which more ranks hold several times; a delta net of 2 key heads
+# is not cut in 4,
 # and latent attention has no KV heads.
 CASES = [(f.name, 2) for f in FAMILIES] + [
     (n, 4) for n in ("llama_bias", "qwen2_window", "qwen3_moe", "deepseek_v2", "deepseek_v3")

@@ -114,6 +114,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
     "qwen2": (_EPS, _THETA, _QKV_BIAS, _TIED),
     "qwen2_window": (_EPS, _THETA, _QKV_BIAS, Feature("window", "use_sliding_window", False)),
     "qwen3": (_EPS, _THETA, _QK_NORM, _TIED),
+    "qwen3_one_kv_head": (_QK_NORM,),
     "qwen3_moe": (_EPS, _THETA, _QK_NORM, _NORM_TOPK, _TOP_K),
     "qwen3_5": (*_HYBRID, _TIED),
     "qwen3_5_text": _HYBRID,
@@ -138,6 +139,7 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_window": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_one_kv_head": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_5": "Qwen3_5ForConditionalGeneration",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
@@ -248,6 +250,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "rope_parameters": _rope(30000.0),
     },
     "qwen3": {**_DENSE, "head_dim": 32, "tie_word_embeddings": True, "rope_parameters": _rope(50000.0)},
+    "qwen3_one_kv_head": {**_DENSE, "num_key_value_heads": 1, "rope_parameters": _rope(50000.0)},
     "qwen3_moe": {
         **_DENSE,
         "head_dim": 32,

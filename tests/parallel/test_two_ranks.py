@@ -1,4 +1,4 @@
-"""Two processes over gloo give one process's logits, within what two ways of summing products may differ.
+"""Two processes over gloo give one process's logits, within what two ways of summing may differ."""
 
 from __future__ import annotations
 

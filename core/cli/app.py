@@ -135,6 +135,14 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except Exception as error:
+        if show_traceback:
+            raise
+        typer.echo(
+            f"error: unexpected {type(error).__name__}: {error}; run `core --debug ...` for the traceback",
+            err=True,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

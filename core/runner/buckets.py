@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from core.contract.errors import ConfigError
 from core.contract.spec import BackendSpec
-from core.contract.types import Bucket, CachePlan, Outputs, StepKind
+from core.contract.types import Bucket, CacheGroupSpec, CachePlan, Outputs, StepKind
 
 
 def powers_of_two(limit: int, first: int = 1) -> tuple[int, ...]:
@@ -22,17 +22,32 @@ class Buckets:
     """The ladder of shapes of one engine.
 
     Dynamic backends get exact token and row counts; all others the next rung. Block tables are always as wide
-    as the next rung, so that their shape changes rarely.
+    as the next rung, so that their shape changes rarely. A ladder that the backend declares is kept to the
+    letter.
     """
 
     def __init__(self, spec: BackendSpec, plan: CachePlan, max_tokens: int, max_model_len: int) -> None:
+        """Check the declared ladders against the limits.
+
+        Raises:
+            ConfigError: a declared ladder ends below a limit; names both and what to lower.
+        """
+        rules, shapes = spec.batch, spec.shapes
         self._plan = plan
-        self._is_dynamic = spec.shapes.kind == "dynamic"
+        self._is_dynamic = shapes.kind == "dynamic"
         self._max_model_len = max_model_len
-        self._min_decode = spec.batch.min_decode_rows
-        self._tokens = _ladder(spec.shapes.token_buckets, max_tokens, "token")
-        self._requests = _ladder(spec.shapes.request_buckets, plan.max_requests, "request")
-        self._lengths = _length_rungs(spec.shapes.width_buckets, plan, max_model_len)
+        self._min_decode = rules.min_decode_rows
+        self._max_decode = min(plan.max_requests, rules.max_requests or plan.max_requests)
+        self._tokens = _ladder(shapes.token_buckets, max_tokens, rules.max_tokens, "token")
+        most = max(plan.max_requests, self._min_decode)
+        self._requests = _ladder(shapes.request_buckets, most, rules.max_requests, "request")
+        self._widths = shapes.width_buckets
+        self._lengths = _length_rungs(shapes.width_buckets, plan, max_model_len)
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest bucket, padding included."""
+        return self._requests[-1]
 
     def choose(
         self, kind: StepKind, tokens: int, requests: int, max_query: int, max_seq: int, outputs: Outputs
@@ -47,59 +62,71 @@ class Buckets:
         if not self._is_dynamic:
             requests = _rung(self._requests, requests, "rows")
             if kind != "decode":
-                tokens = max(_rung(self._tokens, tokens, "tokens"), requests)
+                # No fewer tokens than rows, as far as the ladder goes: sampled rows may be more than tokens.
+                tokens = _rung(self._tokens, max(tokens, min(requests, self._tokens[-1])), "tokens")
                 max_query = min(tokens, _rung(self._tokens, max_query, "tokens"))
         if kind == "decode":
             tokens, max_query = requests, 1
-        length = min(_rung(self._lengths, max_seq, "context"), self._max_model_len)
+        length = min(_rung(self._lengths, max_seq, "tokens of context"), self._max_model_len)
         return self._bucket(kind, tokens, requests, max_query, length, outputs)
 
     def _bucket(
         self, kind: StepKind, tokens: int, requests: int, max_query: int, length: int, outputs: Outputs
     ) -> Bucket:
-        widths = tuple(0 if g.kind == "state" else -(-length // g.block_size) for g in self._plan.groups)
         return Bucket(
             tokens=tokens,
             requests=requests,
-            widths=widths,
+            widths=tuple(self._width(g, length) for g in self._plan.groups),
             kind=kind,
             max_query=max_query,
             max_seq=length,
             outputs=outputs,
         )
 
+    def _width(self, group: CacheGroupSpec, length: int) -> int:
+        """Columns of the group's block table for that many tokens."""
+        if group.kind == "state":
+            return 0
+        columns = -(-length // group.block_size)
+        return _rung(self._widths, columns, "columns") if self._widths else columns
+
     def decode_buckets(self) -> Iterator[Bucket]:
         """Every decode bucket, for warm-up; smallest first. Empty for dynamic backends."""
         if self._is_dynamic:
             return
+        # Rungs that no number of rows is rounded up to are never met.
+        most = _rung(self._requests, max(self._max_decode, self._min_decode), "rows")
         for rows in self._requests:
-            if rows >= self._min_decode:
+            if self._min_decode <= rows <= most:
                 for length in self._lengths:
                     yield self._bucket("decode", rows, rows, 1, min(length, self._max_model_len), Outputs())
 
 
-def _ladder(given: tuple[int, ...], limit: int, what: str) -> tuple[int, ...]:
-    if not given:
-        return powers_of_two(limit)
-    if given[-1] < limit:
-        raise ConfigError(
-            f"the backend's largest {what} bucket is {given[-1]}, but {limit} are allowed in a step; "
-            f"lower the limit to {given[-1]}"
-        )
-    return given
+def _ladder(given: tuple[int, ...], limit: int, cap: int | None, what: str) -> tuple[int, ...]:
+    """The declared rungs, or powers of two up to the limit and `cap`, so that no step is padded beyond it."""
+    if given:
+        if given[-1] < limit:
+            raise ConfigError(
+                f"the backend's largest {what} bucket is {given[-1]}, but {limit} are allowed in a step; "
+                f"lower the limit to {given[-1]}"
+            )
+        return given
+    rungs = powers_of_two(limit)
+    return tuple(sorted({*rungs, cap})) if cap is not None and cap < rungs[-1] else rungs
 
 
 def _length_rungs(widths: tuple[int, ...], plan: CachePlan, max_model_len: int) -> tuple[int, ...]:
+    """Context lengths of the buckets: whole blocks of the group whose blocks are largest."""
     sizes = [g.block_size for g in plan.groups if g.kind != "state"]
-    size = max(sizes, default=max_model_len)
+    size, smallest = max(sizes, default=max_model_len), min(sizes, default=max_model_len)
+    if widths and widths[-1] * smallest < max_model_len:
+        raise ConfigError(
+            f"the backend's widest block table has {widths[-1]} columns of {smallest} tokens, but the "
+            f"maximum model length is {max_model_len}; lower it to {widths[-1] * smallest}"
+        )
     blocks = -(-max_model_len // size)
     rungs = widths or powers_of_two(blocks)
-    if rungs[-1] < blocks:
-        raise ConfigError(
-            f"the backend's widest block table has {rungs[-1]} columns of {size} tokens, but the "
-            f"maximum model length is {max_model_len}; lower it to {rungs[-1] * size}"
-        )
-    return tuple(r * size for r in rungs)
+    return tuple(r * size for r in rungs[: bisect_left(rungs, blocks) + 1])
 
 
 def _rung(ladder: tuple[int, ...], value: int, what: str) -> int:

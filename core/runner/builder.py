@@ -21,6 +21,9 @@ from core.scheduler.sequence import SlotTable
 
 _TOKEN_FIELDS = frozenset(("token_ids", "token_source", "positions", "row_of_token", "slots"))
 _SAMPLE_FIELDS = frozenset(("sample_rows", "sample_slots"))
+_OPTIONAL_FIELDS = ("adapter_slots", "prefix_group", "prefix_blocks")
+_MAX_LAYOUTS = 1024
+"""Layouts kept; backends of dynamic shape meet new ones without end."""
 
 Views = Mapping[str, Int32]
 
@@ -43,22 +46,21 @@ class BatchBuilder:
         self._table = table
         self._blocks = blocks
         self._buffers = buffers
-        self._layouts: dict[Bucket, StepLayout] = {}
-        self._views: dict[tuple[int, StepLayout], Views] = {}
+        self._layouts: dict[Bucket, tuple[StepLayout, list[Views | None]]] = {}
         self._paged = [g for g, group in enumerate(plan.groups) if group.kind != "state"]
         self._state = [g for g, group in enumerate(plan.groups) if group.kind == "state"]
-        self._count = np.arange(plan.max_requests + 1, dtype=np.int32)
+        self._count = np.arange(buckets.max_rows + 1, dtype=np.int32)
 
     def build(self, step: StepPlan, outputs: Outputs | None = None) -> tuple[StepBatch, SamplingBatch]:
         """The step's batch and sampling parameters, right after it was scheduled."""
         samples = np.array([s for row in step.prefills for s in row.samples], np.int32)
         num_samples = len(step.decode) + len(samples)
-        layout = self._layout(step, num_samples, outputs or Outputs())
+        layout, cached = self._layout(step, num_samples, outputs or Outputs())
         index = step.step_id % len(self._buffers)
         flat = self._buffers[index][: layout.size]
-        views = self._views.get((index, layout))
+        views = cached[index]
         if views is None:
-            views = self._views[(index, layout)] = layout.views(flat)
+            views = cached[index] = layout.views(flat)
         batch = StepBatch(
             step.step_id,
             layout,
@@ -79,7 +81,10 @@ class BatchBuilder:
         slots = np.concatenate([step.decode, samples]) if len(samples) else step.decode
         return batch, self._sampling(slots)
 
-    def _layout(self, step: StepPlan, num_samples: int, outputs: Outputs) -> StepLayout:
+    def _layout(
+        self, step: StepPlan, num_samples: int, outputs: Outputs
+    ) -> tuple[StepLayout, list[Views | None]]:
+        """The step's layout, and its views of each buffer as far as they were needed."""
         longest = int(step.positions.max()) + 1 if len(step.positions) else 0
         bucket = self._buckets.choose(
             step.kind,
@@ -89,10 +94,13 @@ class BatchBuilder:
             max(longest, max((row.start + row.count for row in step.prefills), default=0)),
             outputs,
         )
-        layout = self._layouts.get(bucket)
-        if layout is None:
-            layout = self._layouts[bucket] = StepLayout.of(bucket, self._plan, self._rules)
-        return layout
+        found = self._layouts.get(bucket)
+        if found is None:
+            if len(self._layouts) >= _MAX_LAYOUTS:
+                self._layouts.clear()
+            layout = StepLayout.of(bucket, self._plan, self._rules)
+            found = self._layouts[bucket] = (layout, [None] * len(self._buffers))
+        return found
 
     def _pad(self, views: Views, batch: StepBatch) -> None:
         """Padding behind the real entries, and resets of fields that not every row sets."""
@@ -111,6 +119,9 @@ class BatchBuilder:
         for g in self._state:
             views[f"checkpoint_offset.{g}"][:R] = 0
             views[f"checkpoint_slot.{g}"][:R] = 0
+        for name in _OPTIONAL_FIELDS:
+            if name in views:
+                views[name][:R] = 0
 
     def _fill_decode(self, v: Views, step: StepPlan) -> None:
         slots, positions, n = step.decode, step.positions, len(step.decode)
@@ -129,7 +140,9 @@ class BatchBuilder:
         for g in self._paged:
             size, table = self._plan.groups[g].block_size, self._blocks.tables[g]
             view = v[f"block_tables.{g}"]
-            np.take(table[:, : view.shape[1]], slots, axis=0, out=view[:n], mode="clip")
+            width = min(view.shape[1], table.shape[1])
+            np.take(table[:, :width], slots, axis=0, out=view[:n, :width], mode="clip")
+            view[:n, width:] = 0
             v[f"slots.{g}"][:n] = table[slots, positions // size] * size + positions % size
         for g in self._state:
             live = self._blocks.state_slots[g][slots]
@@ -161,7 +174,8 @@ class BatchBuilder:
         for g in self._paged:
             size, blocks = self._plan.groups[g].block_size, self._blocks.tables[g][row.slot]
             view = v[f"block_tables.{g}"]
-            view[r] = blocks[: view.shape[1]]
+            width = min(view.shape[1], len(blocks))
+            view[r, :width], view[r, width:] = blocks[:width], 0
             v[f"slots.{g}"][token : token + row.count] = blocks[positions // size] * size + positions % size
         for g in self._state:
             v[f"state_read.{g}"][r] = self._blocks.state_source(row.slot, g, row.start)

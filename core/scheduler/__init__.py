@@ -1,7 +1,8 @@
 """What runs in the next step; pure Python and numpy."""
 
 from core.scheduler.plan import Checkpoint, PrefillRow, StepPlan
-from core.scheduler.scheduler import Event, Scheduler, SchedulerConfig
+from core.scheduler.records import Event, SchedulerConfig
+from core.scheduler.scheduler import Scheduler
 from core.scheduler.sequence import Request, Sequence, SlotTable, Status
 
 __all__ = [

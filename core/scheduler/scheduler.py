@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -28,6 +27,7 @@ from core.contract.batch import Int32
 from core.contract.errors import ConfigError, RequestError
 from core.contract.spec import BatchRules
 from core.scheduler.plan import Checkpoint, PrefillRow, StepPlan
+from core.scheduler.records import Counters, Event, InFlight, SchedulerConfig
 from core.scheduler.sequence import Request, Sequence, SlotTable, Status
 from core.scheduler.waiting import Deadlines, WaitingQueue
 
@@ -35,56 +35,6 @@ Phase = Literal["prefill", "decode"]
 
 _NONE = np.zeros(0, np.int32)
 _BEFORE_ALL = (-(2**62), 0, 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """Limits and policy.
-
-    Attributes:
-        max_requests: request slots, so running sequences at most. max_model_len: prompt and output tokens
-            at most.
-        max_batch_tokens: tokens in one step at most. max_waiting: waiting sequences at most; None = no limit.
-        policy: "fcfs" ignores priorities.
-    """
-
-    max_requests: int
-    max_model_len: int
-    max_batch_tokens: int = 2048
-    max_waiting: int | None = None
-    policy: Literal["fcfs", "priority"] = "fcfs"
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a user sees: a new token (-1 = none), or the end, of a sequence."""
-
-    sequence: Sequence
-    token: int
-    finished: bool
-
-
-@dataclass(frozen=True)
-class _InFlight:
-    """A submitted step: which slots it computes up to where, and which it samples; epochs tell stale ones."""
-
-    step_id: int
-    rows: Int32
-    row_epochs: Int32
-    after: Int32
-    samples: Int32
-    sample_epochs: Int32
-
-
-@dataclass
-class Counters:
-    """Totals since the start."""
-
-    preemptions: int = 0
-    scheduled_tokens: int = 0
-    steps: int = 0
-    cached_tokens: int = 0
-    surplus_tokens: int = field(default=0)
 
 
 class Scheduler:
@@ -106,14 +56,16 @@ class Scheduler:
         self._max_tokens = min(config.max_batch_tokens, rules.max_tokens or config.max_batch_tokens)
         self._max_rows = min(config.max_requests, rules.max_requests or config.max_requests)
         self._commit_size = min(g.block_size for g in blocks.groups)
+        self._largest_block = max((g.block_size for g in blocks.groups if g.kind != "state"), default=1)
         self._state_groups = [i for i, g in enumerate(blocks.groups) if g.kind == "state"]
+        self._window_groups = [i for i, g in enumerate(blocks.groups) if g.kind == "window"]
         self._waiting = WaitingQueue()
         self._deadlines = Deadlines()
         self._prefilling: list[Sequence] = []
         self._decode: Int32 = _NONE
         self._free_slots = list(range(config.max_requests - 1, -1, -1))
         self._fenced_slots: deque[tuple[int, int]] = deque()
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._requests: dict[str, list[Sequence]] = {}
         self._events: list[Event] = []
         self._arrivals = 0
@@ -125,8 +77,8 @@ class Scheduler:
         self._check_limits()
 
     def _check_limits(self) -> None:
-        cap = self._rules.max_rows_x_context
-        if cap is not None and cap < self._round_up(self.config.max_model_len):
+        cap, size = self._rules.max_rows_x_context, self._largest_block
+        if cap is not None and cap < -(-self.config.max_model_len // size) * size:
             raise ConfigError(
                 f"the maximum model length is {self.config.max_model_len}, but the backend allows "
                 f"rows x context of {cap} only; lower max_model_len to at most {cap}"
@@ -136,10 +88,6 @@ class Scheduler:
                 f"max_batch_tokens is {self._max_tokens}, but the backend takes prompts in multiples of "
                 f"{self._rules.prefill_multiple} tokens; raise it to at least that"
             )
-
-    def _round_up(self, tokens: int) -> int:
-        size = self._commit_size
-        return -(-tokens // size) * size
 
     # Requests in
 
@@ -177,11 +125,23 @@ class Scheduler:
             raise RequestError(
                 f"{len(self._waiting)} requests are waiting, the most allowed; try again later"
             )
-        if not self.blocks.fits(self._limit(request)):
+        if not self._fits(self._limit(request)):
             raise RequestError(
                 f"{self._limit(request)} tokens of prompt and output do not fit the KV cache; "
                 "lower max_tokens or raise the memory budget"
             )
+
+    def _fits(self, num_tokens: int) -> bool:
+        """Whether one sequence of that many tokens gets on when it runs alone, chunk by chunk."""
+        chunk = self._rules.prefill_multiple
+        for group in self.blocks.groups:
+            if group.window is not None and chunk > 1:
+                # A window is trimmed at whole blocks, so up to a block less one token lags behind it.
+                span = group.window + chunk + group.block_size - 3
+                columns = min(-(-num_tokens // group.block_size), -(-span // group.block_size) + 1)
+                if columns > group.num_blocks - 1:
+                    return False
+        return self.blocks.fits(num_tokens)
 
     def _limit(self, request: Request) -> int:
         limit = self.config.max_model_len
@@ -202,8 +162,7 @@ class Scheduler:
             return
         forks, sequence.forks = sequence.forks, []
         if sequence.status is Status.WAITING:
-            if not self._is_fork(sequence):
-                self._waiting.forget()
+            self._stop_waiting(sequence)
         else:
             self._release(sequence)
         sequence.status = Status.FINISHED
@@ -219,8 +178,13 @@ class Scheduler:
             heirs[0].forks = heirs[1:]
             self._waiting.push(heirs[0])
 
-    def _is_fork(self, sequence: Sequence) -> bool:
-        return any(sequence in s.forks for s in self._requests[sequence.request.request_id])
+    def _stop_waiting(self, sequence: Sequence) -> None:
+        for leader in self._requests[sequence.request.request_id]:
+            if sequence in leader.forks:
+                leader.forks.remove(sequence)
+                self._free_fork_slots([sequence])
+                return
+        self._waiting.forget()
 
     @property
     def has_work(self) -> bool:
@@ -290,28 +254,36 @@ class Scheduler:
 
     def _pick_decode(self) -> Int32:
         table = self.table
-        ready = self._decode[table.planned[self._decode] < table.limit[self._decode]]
-        ready = self._within_limits(ready)
-        wanted = len(ready)
-        fits = self.blocks.grow_many(ready, table.planned[ready])
-        if fits < len(ready):
-            # Short of blocks: the first in the order get theirs first, the last give theirs back.
-            ready = self._in_order(ready)
+        while True:
+            ready = self._within_limits(self._decode[table.planned[self._decode] < table.limit[self._decode]])
             fits = self.blocks.grow_many(ready, table.planned[ready])
-        while fits < len(ready) and self._fence <= self._retired:
-            victim = self._victim(_BEFORE_ALL)
+            if fits < len(ready):
+                # Short of blocks: the first in the order get theirs first, the last give theirs back.
+                ready = self._in_order(ready)
+                fits = self.blocks.grow_many(ready, table.planned[ready])
+            self._is_short = fits < len(ready)
+            victim = self._victim(_BEFORE_ALL) if self._is_short and not self._can_wait() else None
             if victim is None:
                 break
-            ready = ready[ready != victim.slot]
-            wanted = len(ready)
             self._preempt(victim)
-            fits = self.blocks.grow_many(ready, table.planned[ready])
         ready = ready[:fits]
-        self._is_short = fits < wanted
         table.computed[ready] += 1
         table.planned[ready] += 1
         table.last_step[ready] = self._next_step
         return ready
+
+    def _can_wait(self) -> bool:
+        """Whether blocks come back by themselves: from behind a fence, or because a window moves on.
+
+        A window moves on with the steps in flight; whoever preempts instead may throw away all that they do.
+        """
+        if self._fence > self._retired:
+            return True
+        chunk = self._rules.prefill_multiple
+        return bool(self._in_flight) and any(
+            self.blocks.num_free(g) < 2 + chunk // self.blocks.groups[g].block_size
+            for g in self._window_groups
+        )
 
     def _in_order(self, slots: Int32) -> Int32:
         sequences = self.table.sequences
@@ -323,33 +295,42 @@ class Scheduler:
         if len(ready) > limit or cap is not None:
             ready = ready[np.argsort(self.table.last_step[ready], kind="stable")][:limit]
         if cap is not None and len(ready):
-            size = self._commit_size
+            size = self._largest_block
             context = -(-(self.table.computed[ready] + 1) // size) * size
             area = np.maximum.accumulate(context) * np.arange(1, len(ready) + 1)
             ready = ready[: int(np.count_nonzero(area <= cap))]
         return ready
 
     def _pick_prefills(self, tokens: int, rows: int) -> list[PrefillRow]:
+        """Chunks of at most so many tokens and, sampled rows included, rows; by key, and none passes another.
+
+        A sequence that cannot go on ends the step's list: those behind it would take what it waits for.
+        """
+        samples = rows
         if self._rules.max_prefills is not None:
             rows = min(rows, self._rules.max_prefills)
         picked: list[PrefillRow] = []
-        for sequence in list(self._prefilling):
-            if tokens <= 0 or len(picked) >= rows:
-                return picked
-            row = self._chunk(sequence, tokens) if sequence.status is Status.PREFILL else None
-            if row is not None:
-                picked.append(row)
-                tokens -= row.count
-        while tokens > 0 and len(picked) < rows:
-            waiting = self._waiting.peek()
-            if waiting is None or not self._admit(waiting):
-                break
-            row = self._chunk(waiting, tokens)
+        if tokens <= 0 or rows <= 0:
+            return picked
+        for sequence in self._to_prefill():
+            row = self._chunk(sequence, tokens, samples)
             if row is None:
                 break
             picked.append(row)
             tokens -= row.count
+            samples -= len(row.samples)
+            if tokens <= 0 or len(picked) >= rows:
+                break
         return picked
+
+    def _to_prefill(self) -> Iterator[Sequence]:
+        """Sequences that began their prompt, then waiting ones, each admitted when it is asked for."""
+        for sequence in list(self._prefilling):
+            # One before it may have taken its blocks.
+            if sequence.status is Status.PREFILL:
+                yield sequence
+        while (waiting := self._waiting.peek()) is not None and self._admit(waiting):
+            yield waiting
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give the first waiting sequence a slot (and its forks theirs) if its prompt fits now.
@@ -357,7 +338,9 @@ class Scheduler:
         Not while a decoding sequence waits for a block: a newcomer would take it, only to be preempted for
         it.
         """
-        if self._is_short or len(self._free_slots) < 1 + len(sequence.forks):
+        if self._is_short and len(self._decode):
+            return False
+        if len(self._free_slots) < 1 + len(sequence.forks):
             return False
         ids = sequence.all_ids()
         if not self.blocks.fits_now(len(ids)):
@@ -378,26 +361,38 @@ class Scheduler:
         self._prefilling.sort(key=lambda s: s.key)
         return True
 
-    def _chunk(self, sequence: Sequence, tokens: int) -> PrefillRow | None:
-        """The next chunk of a prompt, with its blocks allocated; None where nothing fits."""
+    def _chunk(self, sequence: Sequence, tokens: int, samples: int) -> PrefillRow | None:
+        """The next chunk of a prompt, with its blocks allocated; None where nothing fits.
+
+        A chunk that is short of blocks is cut before another sequence loses its own: a window's pool may
+        never hold a whole prompt.
+        """
         slot, table = sequence.slot, self.table
         start, known = int(table.computed[slot]), int(table.known[slot])
-        count = min(known - start, tokens)
-        if count < known - start:
-            count -= count % self._rules.prefill_multiple
+        count = self._whole(known - start, tokens)
+        if count == known - start and 1 + len(sequence.forks) > samples:
+            return None
+        while count > 0 and not self.blocks.grow(slot, start + count):
+            room = self._whole(known - start, min(count, self.blocks.growable(slot) - start))
+            if room <= 0:
+                victim = None if self._can_wait() else self._victim(sequence.key)
+                if victim is None:
+                    return None
+                self._preempt(victim)
+            else:
+                count = room
         if count <= 0:
             return None
-        while not self.blocks.grow(slot, start + count):
-            victim = None if self._fence > self._retired else self._victim(sequence.key)
-            if victim is None:
-                return None
-            self._preempt(victim)
         table.computed[slot] = start + count
         table.last_step[slot] = self._next_step
         if start + count < known:
             return PrefillRow(slot, start, count, ())
         table.planned[slot] = known + 1
         return PrefillRow(slot, start, count, (slot, *(fork.slot for fork in sequence.forks)))
+
+    def _whole(self, wanted: int, most: int) -> int:
+        """Tokens of the next chunk: all that are wanted, or a multiple of what the backend declares."""
+        return wanted if wanted <= most else most - most % self._rules.prefill_multiple
 
     def _victim(self, after: tuple[int, int, int]) -> Sequence | None:
         """The last running sequence behind `after` by key that this step has not picked."""
@@ -460,7 +455,7 @@ class Scheduler:
         rows = np.concatenate([decode, np.array([r.slot for r in prefills], np.int32)])
         samples = np.concatenate([decode, np.array([s for r in prefills for s in r.samples], np.int32)])
         self._in_flight.append(
-            _InFlight(step_id, rows, table.epoch[rows], table.computed[rows], samples, table.epoch[samples])
+            InFlight(step_id, rows, table.epoch[rows], table.computed[rows], samples, table.epoch[samples])
         )
         self.counters.steps += 1
         self.counters.scheduled_tokens += plan.num_tokens
@@ -476,6 +471,7 @@ class Scheduler:
             self.blocks.fork(row.slot, slot, known)
             self.table.open(slot, fork, self._limit(fork.request), known)
             self.table.planned[slot] = known + 1
+            self.table.confirmed[slot] = self.table.confirmed[row.slot]
             fork.status = Status.DECODE
         sequence.forks, sequence.status = [], Status.DECODE
         self._prefilling.remove(sequence)
@@ -545,7 +541,7 @@ class Scheduler:
         while self._fenced_slots and self._fenced_slots[0][0] <= step_id:
             self._free_slots.append(self._fenced_slots.popleft()[1])
 
-    def _confirm(self, step: _InFlight) -> None:
+    def _confirm(self, step: InFlight) -> None:
         """What this step computed is real now: full blocks may be cached, blocks that left a window are
         freed.
         """

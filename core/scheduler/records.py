@@ -1,0 +1,59 @@
+"""Records around the scheduler: its limits, what a user sees, steps in flight, totals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from core.contract.batch import Int32
+from core.scheduler.sequence import Sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits and policy.
+
+    Attributes:
+        max_requests: request slots, so running sequences at most. max_model_len: prompt and output tokens
+            at most.
+        max_batch_tokens: tokens in one step at most. max_waiting: waiting sequences at most; None = no limit.
+        policy: "fcfs" ignores priorities.
+    """
+
+    max_requests: int
+    max_model_len: int
+    max_batch_tokens: int = 2048
+    max_waiting: int | None = None
+    policy: Literal["fcfs", "priority"] = "fcfs"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a user sees: a new token (-1 = none), or the end, of a sequence."""
+
+    sequence: Sequence
+    token: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A submitted step: which slots it computes up to where, and which it samples; epochs tell stale ones."""
+
+    step_id: int
+    rows: Int32
+    row_epochs: Int32
+    after: Int32
+    samples: Int32
+    sample_epochs: Int32
+
+
+@dataclass
+class Counters:
+    """Totals since the start."""
+
+    preemptions: int = 0
+    scheduled_tokens: int = 0
+    steps: int = 0
+    cached_tokens: int = 0
+    surplus_tokens: int = 0

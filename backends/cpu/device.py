@@ -71,7 +71,8 @@ class CpuDevice:
     def __init__(self, request: DeviceRequest) -> None:
         if request.options:
             raise ConfigError(
-                f"backend 'cpu' has no option {', '.join(sorted(request.options))}; remove --backend-option"
+                f"backend 'cpu' has no option {', '.join(sorted(request.options))}; take them out of "
+                "backend_options"
             )
         if request.index < 0:
             raise DeviceError(f"backend 'cpu' has no device {request.index}; indices start at 0")

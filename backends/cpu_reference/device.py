@@ -62,7 +62,7 @@ class ReferenceDevice:
         if request.options:
             raise ConfigError(
                 f"backend 'cpu_reference' has no option {', '.join(sorted(request.options))}; "
-                "remove --backend-option"
+                "take them out of backend_options"
             )
         if request.num_threads is not None:
             raise ConfigError(

@@ -48,6 +48,8 @@ def run(model: str, *, backend: str, dtype: str, max_tokens: int) -> None:
                 peak_shared = max(peak_shared, engine.metrics().blocks_shared)
                 live.update(_picture(llm, list(outputs.values()), time.monotonic() - start))
         seconds = time.monotonic() - start
+        if not console.is_terminal:
+            console.print()
         tokens = sum(len(o.outputs[0].token_ids) for o in outputs.values())
         first = max(o.metrics.first_token_s or 0.0 for o in outputs.values())
         console.print(

@@ -20,7 +20,7 @@ state), then reads, and returns the handle. `step.groups[g]` for the handle's gr
 
 Budget: `Op.reduces` names the lengths of the sums behind each output element and `Op.roundings` counts
 roundings to the activation dtype between input and output; with the unit round-offs of accumulator and dtype
-they give the per-element bound (docs/conformance/tolerance.md, rule A).
+they give the per-element bound (rule A in conformance/tolerance.py).
 """
 
 from __future__ import annotations
@@ -152,8 +152,7 @@ class Ops:
         j <= p (causal), p - j < window, j // chunk == p // chunk; score = scale * q . k, soft-capped where
         asked; softmax over them, plus exp(sinks[n]) in the denominator. A query that sees no key gives 0 and
         lse -inf, sinks or not. `k` and `v` None: nothing is written; the cache is another layer's. lse
-        float32 [T, N],
-        natural logarithm, sinks included.
+        float32 [T, N], natural logarithm, sinks included.
         """
         raise _missing(self, "attend")
 

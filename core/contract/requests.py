@@ -31,7 +31,7 @@ class DeviceRequest:
     Attributes:
         index: which device. rank, world_size: this process among those of the model.
         num_threads: host threads the backend may use; None = its own choice.
-        options: backend options that the user gave (`--backend-option name=value`).
+        options: backend options that the user gave (`LLM(backend_options=...)`).
     """
 
     index: int = 0

@@ -58,6 +58,7 @@ class Scheduler:
         self._commit_size = min(g.block_size for g in blocks.groups)
         self._largest_block = max((g.block_size for g in blocks.groups if g.kind != "state"), default=1)
         self._state_groups = [i for i, g in enumerate(blocks.groups) if g.kind == "state"]
+        self._block_groups = [i for i, g in enumerate(blocks.groups) if g.kind != "state"]
         self._window_groups = [i for i, g in enumerate(blocks.groups) if g.kind == "window"]
         self._waiting = WaitingQueue()
         self._deadlines = Deadlines()
@@ -256,11 +257,11 @@ class Scheduler:
         table = self.table
         while True:
             ready = self._within_limits(self._decode[table.planned[self._decode] < table.limit[self._decode]])
-            fits = self.blocks.grow_many(ready, table.planned[ready])
-            if fits < len(ready):
-                # Short of blocks: the first in the order get theirs first, the last give theirs back.
+            # A row takes one block of a group at most. Where they may not do for all, the first in the order
+            # get theirs first, and the last give theirs back.
+            if any(self.blocks.num_free(g) < len(ready) for g in self._block_groups):
                 ready = self._in_order(ready)
-                fits = self.blocks.grow_many(ready, table.planned[ready])
+            fits = self.blocks.grow_many(ready, table.planned[ready])
             self._is_short = fits < len(ready)
             victim = self._victim(_BEFORE_ALL) if self._is_short and not self._can_wait() else None
             if victim is None:

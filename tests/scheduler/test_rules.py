@@ -68,30 +68,48 @@ def test_the_last_to_come_gives_its_blocks_back() -> None:
     assert [s.num_preemptions > 0 for s in first] == [False, True, True]
 
 
-def test_newcomers_wait_while_a_running_sequence_is_short_of_blocks() -> None:
-    world = World(MIXED, depth=1, plan=with_blocks(MIXED, "full", 0, 7))
-    world.add(request("a", 47, outputs=40))
-    world.add(request("b", 47, outputs=2))
-    for _ in range(3):
+def run_until_short(depth: int) -> tuple[World, Sequence]:
+    """`a` needs a third block of three, so `b` lost its one; it comes when the steps in flight are done."""
+    world = World(EITHER, depth=depth, plan=with_blocks(EITHER, "full", 0, 1 + 3))
+    world.add(request("a", 250, outputs=100))
+    b = world.add(request("b", 100, outputs=20))[0]
+    while not b.num_preemptions:
         world.step()
-    short = world.add(request("c", 3))[0]
-    while world.clients["b"].reasons == {} and world.step():
-        assert short.status is Status.WAITING or world.scheduler.num_running < 3
+    return world, b
+
+
+def test_the_first_in_the_order_gets_the_last_block() -> None:
+    """`a` came after `b` but goes before it; both need a block, one is free, those of `c` are fenced."""
+    world = World(MIXED, depth=2, plan=with_blocks(MIXED, "full", 0, 1 + 4))
+    world.add(request("b", 13, outputs=20, priority=1))
+    world.schedule()
+    a = world.add(request("a", 14, outputs=20))[0]
+    world.add(request("c", 5, outputs=20, priority=2))
+    for _ in range(3):
+        world.schedule()
+        world.wait()
+    world.abort("c")
+    assert world.schedule()
+    assert [row.sequence for row in world.device.flights[-1].rows] == [a]
     world.run()
     world.check_end()
 
 
-def test_waiting_sequences_start_as_soon_as_the_short_one_is_gone() -> None:
-    """A decode phase was short of blocks, and what it was short for ended before the next prefill phase."""
-    world = World(EITHER, depth=1, plan=with_blocks(EITHER, "full", 0, 1 + 4))
-    world.add(request("a", 127, outputs=200))
-    world.add(request("b", 250, outputs=100))
-    for _ in range(8):
-        world.step()
-    world.add(request("c", 300))
+@pytest.mark.parametrize("depth", [2, 3])
+def test_newcomers_wait_while_a_running_sequence_is_short_of_blocks(depth: int) -> None:
+    world, b = run_until_short(depth)
+    world.run()
+    world.check_end()
+    assert b.num_preemptions == 1
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_waiting_sequences_start_as_soon_as_the_short_one_is_gone(depth: int) -> None:
+    world, b = run_until_short(depth)
     world.abort("a")
-    world.abort("b")
-    assert world.schedule()
+    while world.device.flights:
+        world.wait()
+    assert world.schedule() and b.status is Status.DECODE
     world.run()
     world.check_end()
 

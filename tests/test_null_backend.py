@@ -224,6 +224,7 @@ def sampled_position_that_is_not_the_next(bench: Bench) -> None:
 
 
 def program_of_another_bucket(bench: Bench) -> None:
+    bench.device.serves_any_shape = False
     other = bench.batch((0, 0, 2, (1,)))
     batch = bench.batch((0, 0, 3, (1,)))
     _, bench.state = bench.program(other.layout).run_and_sample(batch, greedy([3]), bench.state)
@@ -256,6 +257,15 @@ def test_misuse_is_seen(misuse: Callable[[Bench], None], told: str) -> None:
 def test_right_use_is_no_misuse() -> None:
     bench = Bench()
     good(bench)
+    assert bench.device.violations == []
+
+
+def test_the_one_program_of_a_dynamic_backend_takes_any_bucket() -> None:
+    bench = Bench()
+    assert bench.device.serves_any_shape
+    batch = bench.batch((0, 0, 3, (1,)))
+    program = bench.program(bench.batch((0, 0, 2, (1,))).layout)
+    _, bench.state = program.run_and_sample(batch, greedy([3]), bench.state)
     assert bench.device.violations == []
 
 

@@ -33,7 +33,8 @@ class BatchRules:
         rectangular_decode: a decode step is a rectangle, rows padded on the left with pad blocks to the
             longest.
         max_rows_x_context: rows times the longest row's context, rounded up to whole blocks, of a decode
-            step at most.
+            step at most. Rows are counted before they are padded to a bucket, but as `min_decode_rows` at
+            least.
         min_decode_rows: a decode step is padded to at least this many rows.
         adapters: `StepBatch.adapter_slots` is read.
         input_embeds: `StepBatch.input_embeds` is read.

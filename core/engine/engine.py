@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from core.block_manager import BlockManager
 from core.contract.batch import StepLayout
 from core.contract.errors import EngineDead, RequestError, UnsupportedError
-from core.contract.types import Bucket, Outputs
 from core.engine.config import EngineConfig, resolve_dtype, resolve_length
 from core.engine.memory import CacheBudget, block_groups, check_layers, choose_block_size
 from core.engine.trace import StepTrace
@@ -128,19 +127,11 @@ class Engine:
         self._trace = StepTrace() if debug_level() >= 3 else None
         self._overlap = config.overlap or spec.overlap
         buckets = Buckets(spec, plan, config.max_batch_tokens, self.max_model_len)
-        largest = buckets.choose(
-            "mixed",
-            config.max_batch_tokens,
-            config.max_requests,
-            config.max_batch_tokens,
-            self.max_model_len,
-            Outputs(),
-        )
-        size = max(StepLayout.of(b, plan, spec.batch).size for b in (largest, _as_decode(largest)))
+        size = max(StepLayout.of(b, plan, spec.batch).size for b in buckets.largest())
         buffers = [self._executor.host_buffer(size) for _ in range(self._overlap + 1)]
         self._builder = BatchBuilder(plan, spec.batch, buckets, self.scheduler.table, self.blocks, buffers)
-        if config.warm_up:
-            self._executor.warm(list(buckets.decode_buckets()))
+        if config.warm_up or spec.shapes.kind == "static":
+            self._executor.warm(list(buckets.warm_up()))
 
     def add(
         self,
@@ -242,10 +233,3 @@ class Engine:
         """End the engine; unfinished requests are dropped. Idempotent."""
         self._dead = self._dead or EngineDead("the engine was closed")
         self._executor.close()
-
-
-def _as_decode(bucket: Bucket) -> Bucket:
-    rows = bucket.requests
-    return Bucket(
-        tokens=rows, requests=rows, widths=bucket.widths, kind="decode", max_query=1, max_seq=bucket.max_seq
-    )

@@ -161,7 +161,7 @@ class RankWorker:
             fn=self._model.fn,
             weights=self._model.weights,
             plan=budget.plan,
-            rules=spec.batch,
+            spec=spec,
         )
         return budget
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from itertools import product
 
 from core.contract.errors import ConfigError
 from core.contract.spec import BackendSpec
@@ -34,11 +35,14 @@ class Buckets:
         """
         rules, shapes = spec.batch, spec.shapes
         self._plan = plan
-        self._is_dynamic = shapes.kind == "dynamic"
+        self._kind = shapes.kind
+        self._is_mixed = rules.mixed
+        self._max_tokens = max_tokens
         self._max_model_len = max_model_len
         self._min_decode = rules.min_decode_rows
         self._max_decode = min(plan.max_requests, rules.max_requests or plan.max_requests)
         self._tokens = _ladder(shapes.token_buckets, max_tokens, rules.max_tokens, "token")
+        self._max_requests = plan.max_requests
         most = max(plan.max_requests, self._min_decode)
         self._requests = _ladder(shapes.request_buckets, most, rules.max_requests, "request")
         self._widths = shapes.width_buckets
@@ -59,12 +63,14 @@ class Buckets:
         """
         if kind == "decode":
             requests = max(requests, self._min_decode)
-        if not self._is_dynamic:
+        if self._kind != "dynamic":
             requests = _rung(self._requests, requests, "rows")
             if kind != "decode":
                 # No fewer tokens than rows, as far as the ladder goes: sampled rows may be more than tokens.
                 tokens = _rung(self._tokens, max(tokens, min(requests, self._tokens[-1])), "tokens")
-                max_query = min(tokens, _rung(self._tokens, max_query, "tokens"))
+                # All shapes of a static backend are compiled beforehand: one dimension less to multiply.
+                rung = tokens if self._kind == "static" else _rung(self._tokens, max_query, "tokens")
+                max_query = min(tokens, rung)
         if kind == "decode":
             tokens, max_query = requests, 1
         length = min(_rung(self._lengths, max_seq, "tokens of context"), self._max_model_len)
@@ -90,10 +96,36 @@ class Buckets:
         columns = -(-length // group.block_size)
         return _rung(self._widths, columns, "columns") if self._widths else columns
 
-    def decode_buckets(self) -> Iterator[Bucket]:
-        """Every decode bucket, for warm-up; smallest first. Empty for dynamic backends."""
-        if self._is_dynamic:
+    def largest(self) -> tuple[Bucket, ...]:
+        """A bucket of each kind that no other of its kind exceeds in any dimension."""
+        tokens, rows, length = self._max_tokens, self._max_requests, self._max_model_len
+        return (
+            self.choose("decode", self._max_decode, self._max_decode, 1, length, Outputs()),
+            self.choose("mixed" if self._is_mixed else "prefill", tokens, rows, tokens, length, Outputs()),
+        )
+
+    def warm_up(self) -> Iterator[Bucket]:
+        """What to compile before serving, smallest first: every bucket of a static backend; of a bucketed one
+        those of decode steps; of a dynamic one any, as its one program serves all.
+        """
+        if self._kind == "dynamic":
+            yield self.choose("decode", 1, 1, 1, 1, Outputs())
             return
+        yield from self._decode_buckets()
+        if self._kind == "static":
+            yield from self._prefill_buckets()
+
+    def _prefill_buckets(self) -> Iterator[Bucket]:
+        found: dict[Bucket, None] = {}
+        tokens = self._tokens[: bisect_left(self._tokens, self._max_tokens) + 1]
+        rows = self._requests[: bisect_left(self._requests, self._max_requests) + 1]
+        kinds: tuple[StepKind, ...] = ("prefill", "mixed") if self._is_mixed else ("prefill",)
+        for kind, count, row, length in product(kinds, tokens, rows, self._lengths):
+            most = min(length, self._max_model_len)
+            found[self.choose(kind, count, row, count, most, Outputs())] = None
+        yield from found
+
+    def _decode_buckets(self) -> Iterator[Bucket]:
         # Rungs that no number of rows is rounded up to are never met.
         most = _rung(self._requests, max(self._max_decode, self._min_decode), "rows")
         for rows in self._requests:

@@ -17,7 +17,7 @@ from core.contract.interfaces import (
     StepFunction,
 )
 from core.contract.ops import Ops
-from core.contract.spec import BatchRules
+from core.contract.spec import BackendSpec
 from core.contract.types import Bucket, CachePlan, Packed, SampledTokens, SamplingBatch
 from core.sampling.reference import sample as reference_sample
 
@@ -40,7 +40,7 @@ class Runner:
         fn: StepFunction,
         weights: tuple[Packed, ...],
         plan: CachePlan,
-        rules: BatchRules,
+        spec: BackendSpec,
     ) -> None:
         self._compile = compile
         self._device = device
@@ -50,19 +50,26 @@ class Runner:
         self._fn = fn
         self._weights = weights
         self._plan = plan
-        self._rules = rules
-        self._programs: dict[Bucket, Program] = {}
+        self._spec = spec
+        self._programs: dict[Bucket | None, Program] = {}
+        self._is_serving = False
         self._pending: dict[int, DeviceTokens] = {}
         self._state = allocator.allocate_state(plan)
 
     @property
     def num_programs(self) -> int:
-        """Buckets compiled so far."""
+        """Programs made so far: one per bucket, or one in all where any serves every shape."""
         return len(self._programs)
 
     def _program(self, layout: StepLayout) -> Program:
-        program = self._programs.get(layout.bucket)
+        key = None if self._spec.shapes.kind == "dynamic" else layout.bucket
+        program = self._programs.get(key)
         if program is None:
+            if self._is_serving and self._spec.shapes.kind == "static":
+                raise DeviceError(
+                    f"{layout.bucket} was not compiled before serving, and backend {self._spec.name!r} takes "
+                    "no new shapes after that; this is a fault of the bucket ladder, please report it"
+                )
             program = self._compile(
                 CompileRequest(
                     device=self._device,
@@ -76,13 +83,13 @@ class Runner:
                     reference_sampler=reference_sample,
                 )
             )
-            self._programs[layout.bucket] = program
+            self._programs[key] = program
         return program
 
     def warm(self, buckets: Iterable[Bucket]) -> None:
         """Compile these buckets before serving."""
         for bucket in buckets:
-            program = self._program(StepLayout.of(bucket, self._plan, self._rules))
+            program = self._program(StepLayout.of(bucket, self._plan, self._spec.batch))
             self._state = program.warm(self._state)
 
     def submit(self, batch: StepBatch, sampling: SamplingBatch, copies: Sequence[BlockCopy]) -> None:
@@ -92,6 +99,7 @@ class Runner:
             self._state = self._allocator.copy_blocks(
                 self._state, group, [src for src, _ in pairs], [dst for _, dst in pairs]
             )
+        self._is_serving = True
         tokens, self._state = self._program(batch.layout).run_and_sample(batch, sampling, self._state)
         self._pending[batch.step_id] = tokens
 

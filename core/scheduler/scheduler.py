@@ -79,10 +79,12 @@ class Scheduler:
 
     def _check_limits(self) -> None:
         cap, size = self._rules.max_rows_x_context, self._largest_block
-        if cap is not None and cap < -(-self.config.max_model_len // size) * size:
+        rows = self._rules.min_decode_rows
+        if cap is not None and cap < rows * -(-self.config.max_model_len // size) * size:
             raise ConfigError(
                 f"the maximum model length is {self.config.max_model_len}, but the backend allows "
-                f"rows x context of {cap} only; lower max_model_len to at most {cap}"
+                f"rows x context of {cap} only, at {rows} rows or more; lower max_model_len to at most "
+                f"{cap // rows // size * size}"
             )
         if self._max_tokens < self._rules.prefill_multiple:
             raise ConfigError(
@@ -298,7 +300,8 @@ class Scheduler:
         if cap is not None and len(ready):
             size = self._largest_block
             context = -(-(self.table.computed[ready] + 1) // size) * size
-            area = np.maximum.accumulate(context) * np.arange(1, len(ready) + 1)
+            rows = np.maximum(np.arange(1, len(ready) + 1), self._rules.min_decode_rows)
+            area = np.maximum.accumulate(context) * rows
             ready = ready[: int(np.count_nonzero(area <= cap))]
         return ready
 

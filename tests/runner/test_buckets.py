@@ -61,7 +61,6 @@ def test_dynamic_backends_get_exact_counts_and_rungs_of_context_only() -> None:
     bucket = choose(make(DYNAMIC), "mixed", 37, 5, 33, 40)
     assert (bucket.tokens, bucket.requests, bucket.max_query) == (37, 5, 33)
     assert (bucket.max_seq, bucket.widths) == (64, (4, 0))
-    assert list(make(DYNAMIC).decode_buckets()) == []
 
 
 def test_a_decode_bucket_has_one_token_per_row() -> None:
@@ -107,7 +106,7 @@ def test_no_padding_beyond_what_the_backend_takes_in_a_step() -> None:
     buckets = make(BUCKETED, BatchRules(max_tokens=100, max_requests=5))
     bucket = choose(buckets, "mixed", 70, 5, 70, 80)
     assert (bucket.tokens, bucket.requests, bucket.max_query) == (100, 5, 100)
-    assert {b.requests for b in buckets.decode_buckets()} == {1, 2, 4, 5}
+    assert {b.requests for b in buckets.warm_up()} == {1, 2, 4, 5}
 
 
 @pytest.mark.parametrize("shapes", [DYNAMIC, BUCKETED])
@@ -122,12 +121,48 @@ def test_decode_steps_are_padded_to_the_rows_that_the_backend_wants_at_least(sha
 @pytest.mark.parametrize("least", [1, 3])
 def test_warm_up_knows_every_decode_bucket_once(shapes: ShapeRules, least: int) -> None:
     buckets = make(shapes, BatchRules(min_decode_rows=least))
-    warm = list(buckets.decode_buckets())
+    warm = [bucket for bucket in buckets.warm_up() if bucket.kind == "decode"]
     met = {
         choose(buckets, "decode", rows, rows, 1, context) for rows in range(1, 7) for context in range(1, 91)
     }
     assert set(warm) == met and len(warm) == len(met)
     assert warm == sorted(warm, key=lambda b: (b.requests, b.widths))
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("own_ladder", [True, False])
+def test_everything_that_a_static_backend_can_meet_is_compiled_beforehand(
+    mixed: bool, own_ladder: bool
+) -> None:
+    shapes = ShapeRules(kind="static") if own_ladder else replace(DECLARED, token_buckets=(4, 24, 48, 100))
+    buckets = make(shapes, BatchRules(mixed=mixed))
+    known = list(buckets.warm_up())
+    met = set()
+    for rows, context in product(range(1, 7), (*range(1, 91, 4), 90)):
+        met.add(choose(buckets, "decode", rows, rows, 1, context))
+        for tokens, query, kind in product(range(1, 101), (1, 3, 50), ("prefill", "mixed")):
+            if mixed or kind == "prefill":
+                met.add(choose(buckets, kind, tokens, rows, min(query, tokens), context))
+    assert met == set(known) and len(known) == len(met)
+
+
+def test_a_dynamic_backend_is_warmed_up_with_one_shape_and_a_bucketed_one_with_those_of_decoding() -> None:
+    assert len(list(make(DYNAMIC).warm_up())) == 1
+    assert {bucket.kind for bucket in make(BUCKETED).warm_up()} == {"decode"}
+
+
+@pytest.mark.parametrize("shapes", [DYNAMIC, BUCKETED, DECLARED])
+@pytest.mark.parametrize("least", [1, 9])
+def test_no_step_needs_more_room_than_the_largest_bucket_of_its_kind(shapes: ShapeRules, least: int) -> None:
+    buckets = make(shapes, BatchRules(min_decode_rows=least))
+    decode, mixed = buckets.largest()
+    for rows, tokens, context in product((1, 6), (1, 6, 100), (1, 90)):
+        for bucket, largest in (
+            (choose(buckets, "decode", rows, rows, 1, context), decode),
+            (choose(buckets, "mixed", tokens, rows, tokens, context), mixed),
+        ):
+            assert bucket.tokens <= largest.tokens and bucket.requests <= largest.requests
+            assert all(w <= most for w, most in zip(bucket.widths, largest.widths, strict=True))
 
 
 def test_a_plan_of_states_only_has_no_tables() -> None:

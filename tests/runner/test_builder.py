@@ -64,7 +64,7 @@ def test_static_buckets_that_are_met_are_few() -> None:
     world.run()
     shapes = STATIC.spec.shapes
     decode = {bucket for bucket in world.shapes if bucket.kind == "decode"}
-    assert decode <= set(world.buckets.decode_buckets())
+    assert decode <= set(world.buckets.warm_up())
     assert all(bucket.max_query in shapes.token_buckets for bucket in world.shapes - decode)
 
 

@@ -23,7 +23,8 @@ def check_rules(spec: BackendSpec, plan: StepPlan, batch: StepBatch, *, max_toke
         assert row.samples or row.count % rules.prefill_multiple == 0, f"a chunk of {row.count} tokens"
     if rules.max_rows_x_context is not None and n:
         context = -(-(int(plan.positions.max()) + 1) // block) * block
-        assert n * context <= rules.max_rows_x_context, f"{n} rows of {context} tokens"
+        rows = max(n, rules.min_decode_rows)
+        assert rows * context <= rules.max_rows_x_context, f"{n} rows of {context} tokens"
     kinds = batch.query_kind[: batch.num_requests]
     assert (np.diff(kinds) >= 0).all(), "decode rows do not come first"
     assert ((kinds == PREFILL) == (np.arange(batch.num_requests) >= n)).all(), "wrong kinds of rows"

@@ -355,8 +355,8 @@ def test_the_queue_is_bounded() -> None:
 
 
 def test_limits_that_contradict_the_rules_are_refused() -> None:
-    with pytest.raises(ConfigError, match="lower max_model_len to at most 512"):
-        make(SchedulerConfig(max_requests=2, max_model_len=513), RECTANGLE)
+    with pytest.raises(ConfigError, match="lower max_model_len to at most 256"):
+        make(SchedulerConfig(max_requests=2, max_model_len=257), RECTANGLE)
     with pytest.raises(ConfigError, match="multiples of 64 tokens"):
         make(SchedulerConfig(max_requests=2, max_model_len=128, max_batch_tokens=63), RECTANGLE)
 

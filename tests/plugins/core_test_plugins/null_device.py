@@ -88,6 +88,7 @@ class NullDevice:
     Attributes:
         log: every step submitted, in order. violations: sentences, one per breach seen.
         memory_calls: block operations, as (method, arguments), in order.
+        serves_any_shape: one program may be given steps of every bucket.
     """
 
     def __init__(self, spec: BackendSpec, request: DeviceRequest) -> None:
@@ -96,6 +97,7 @@ class NullDevice:
             if name not in known:
                 raise ConfigError(f"backend {spec.name!r} has no option {name!r}; it has {', '.join(known)}")
             known[name] = int(text)
+        self.serves_any_shape = spec.shapes.kind == "dynamic"
         self.delay, self.vocab = known["delay"], known["vocab"]
         self.eos = None if known["eos"] < 0 else known["eos"]
         self.eos_every, self.fail_step, self._memory = known["eos_every"], known["fail_step"], known["memory"]

@@ -1,10 +1,11 @@
 # Everything runs in .venv, which is made at first use and again when pyproject.toml changes.
-# PYTHON chooses the interpreter it is made with: 3.11 or newer.
+# PYTHON chooses the interpreter it is made with: 3.11 or newer. TORCH chooses the build of torch.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip --disable-pip-version-check --no-input --quiet
-# One exact version is a small build for the CPU; the range of the extra alone would take a build of many gigabytes.
-TORCH := torch==2.13.0
+PIP := $(BIN)/pip --disable-pip-version-check --no-input
+# One exact version, so that every machine tests the same. Where pip's index has builds for the CPU only, they are
+# found by their local version: make TORCH=torch==2.13.0+cpu
+TORCH ?= torch==2.13.0
 
 .PHONY: demo install install-dev test test-full lint types bench clean
 
@@ -40,18 +41,18 @@ install-dev: .venv/dev.stamp
 	@touch $@
 
 .venv/torch.stamp: .venv/python.stamp Makefile
-	@echo "installing $(TORCH)"
+	@echo "installing $(TORCH): about 200 MB as a build for the CPU, some gigabytes as one for accelerators"
 	@$(PIP) install $(TORCH)
 	@touch $@
 
 .venv/user.stamp: .venv/torch.stamp pyproject.toml
-	@echo "installing core[cpu]"
-	@$(PIP) install -e '.[cpu]'
+	@echo "installing core[cpu], about a minute"
+	@$(PIP) install --quiet -e '.[cpu]'
 	@touch $@
 
 .venv/dev.stamp: .venv/torch.stamp pyproject.toml tests/plugins/pyproject.toml
-	@echo "installing core[cpu,tpu-cpu,dev] and the test plugins"
-	@$(PIP) install -e '.[cpu,tpu-cpu,dev]' -e tests/plugins
+	@echo "installing core[cpu,tpu-cpu,dev] and the test plugins, about two minutes"
+	@$(PIP) install --quiet -e '.[cpu,tpu-cpu,dev]' -e tests/plugins
 	@touch $@ .venv/user.stamp
 
 clean:

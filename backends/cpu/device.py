@@ -54,15 +54,20 @@ def describe(index: int, driver: str) -> DeviceInfo:
 
 
 def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: its affinity, and the quota (v2) of its control group, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return max(1, min(cores, -(-int(quota) // int(period)))) if quota.isdigit() else cores
 
 
 class CpuDevice:
     """One process's share of the host.
 
-    torch's thread count belongs to the process: the last opened device that names a number, or that shares
-    the host
-    with other ranks, sets it. Otherwise torch's own choice stays.
+    torch's thread count belongs to the process, and the device opened last sets it: to what it was asked for,
+    else to torch's own choice, within the cores that the process may use, divided among the host's ranks.
 
     Raises:
         DeviceError: torch can't be imported. ConfigError: an option that this backend does not know.
@@ -81,10 +86,9 @@ class CpuDevice:
         except ImportError as error:
             raise DeviceError(f"torch can't be imported ({error}); pip install core[cpu]") from error
         threads = request.num_threads
-        if threads is None and request.world_size > 1:
-            threads = max(1, _num_cores() // request.world_size)
-        if threads is not None:
-            torch.set_num_threads(threads)
+        if threads is None:
+            threads = max(1, min(torch.get_num_threads(), _num_cores()) // request.world_size)
+        torch.set_num_threads(threads)
         self._info = describe(request.index, f"torch {torch.__version__}")
         self._open = True
 

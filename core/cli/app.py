@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from dataclasses import asdict
 from typing import Annotated
 
@@ -21,6 +23,7 @@ app = typer.Typer(
 
 BackendOption = Annotated[str, typer.Option(help="Backend by name, or auto.")]
 DtypeOption = Annotated[str, typer.Option(help="Compute dtype, or auto.")]
+_INDENT = " " * 12
 
 
 @app.callback()
@@ -39,7 +42,14 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")] = False,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
+    device: Annotated[int, typer.Option(help="Index of the backend's device.")] = 0,
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and output tokens.")] = None,
+    max_requests: Annotated[int, typer.Option(help="Sequences that run at once.")] = 64,
+    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one step at most.")] = 2048,
+    block_size: Annotated[int | None, typer.Option(help="Tokens of a KV block.")] = None,
+    kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory for the KV cache.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each layer.")] = 1,
+    num_threads: Annotated[int | None, typer.Option(help="Host threads for the backend.")] = None,
 ) -> None:
     """Continue one or several prompts and print the texts."""
     from core.engine.llm import LLM
@@ -47,7 +57,20 @@ def generate(
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     show = sys.stderr.isatty()
-    with LLM(model, backend=backend, dtype=dtype, max_model_len=max_model_len, show_progress=show) as llm:
+    with LLM(
+        model,
+        backend=backend,
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_requests=max_requests,
+        max_batch_tokens=max_batch_tokens,
+        block_size=block_size,
+        kv_cache_bytes=kv_cache_bytes,
+        tensor_parallel=tensor_parallel,
+        num_threads=num_threads,
+        show_progress=show,
+    ) as llm:
         typer.echo(f"backend: {llm.engine.backend.name} ({llm.engine.choice_reason})", err=True)
         if chat:
             outputs = llm.chat([[{"role": "user", "content": p}] for p in prompt], params)
@@ -105,8 +128,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     if as_json:
         typer.echo(json.dumps([asdict(c) for c in checks], indent=2))
     else:
+        width = shutil.get_terminal_size().columns
         for c in checks:
-            typer.echo(f"{c.status:<12} {c.backend:<16} {c.device:<28} {c.detail}")
+            typer.echo(f"{c.status:<11} {c.backend} {c.device}")
+            typer.echo(textwrap.fill(c.detail, width, initial_indent=_INDENT, subsequent_indent=_INDENT))
     if any(c.status == "FAIL" for c in checks):
         raise typer.Exit(1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleDimensions, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -46,7 +46,8 @@ def run(model: str, *, backend: str, dtype: str, max_tokens: int) -> None:
             for output in llm.stream(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens)):
                 outputs[output.request_id] = output
                 peak_shared = max(peak_shared, engine.metrics().blocks_shared)
-                live.update(_picture(llm, list(outputs.values()), time.monotonic() - start))
+                seconds = time.monotonic() - start
+                live.update(_picture(llm, list(outputs.values()), seconds, console.size))
         seconds = time.monotonic() - start
         if not console.is_terminal:
             console.print()
@@ -58,14 +59,18 @@ def run(model: str, *, backend: str, dtype: str, max_tokens: int) -> None:
         )
 
 
-def _picture(llm: LLM, outputs: list[RequestOutput], seconds: float) -> Group:
+def _picture(llm: LLM, outputs: list[RequestOutput], seconds: float, size: ConsoleDimensions) -> Group:
+    """Speed and blocks, then each stream: its end, where the terminal is too small for all of it."""
+    question_width = max(len(q) for q in _QUESTIONS)
     streams = Table(box=None, show_header=False, padding=(0, 1))
-    streams.add_column(style="cyan", no_wrap=True)
+    streams.add_column(style="cyan", no_wrap=True, width=question_width)
     streams.add_column(overflow="fold")
+    room = max(1, (size.height - 2) // len(_QUESTIONS)) * max(8, size.width - question_width - 14)
     for output in sorted(outputs, key=lambda o: int(o.request_id.rsplit("-", 1)[1])):
         question = _QUESTIONS[(int(output.request_id.rsplit("-", 1)[1]) - 1) % len(_QUESTIONS)]
         text = output.outputs[0].text.strip().replace("\n", " ")
-        streams.add_row(question, text + ("" if output.finished else " ..."))
+        text += "" if output.finished else " ..."
+        streams.add_row(question, text if len(text) <= room else "..." + text[3 - room :])
     m = llm.engine.metrics()
     tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
     status = Text(
@@ -74,4 +79,4 @@ def _picture(llm: LLM, outputs: list[RequestOutput], seconds: float) -> Group:
         f"{m.blocks_total}",
         style="bold green",
     )
-    return Group(streams, status)
+    return Group(status, streams)

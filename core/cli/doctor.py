@@ -64,7 +64,7 @@ def _check(backend: BackendHandle, info: DeviceInfo) -> Check:
         return Check(backend.name, device, "FAIL", f"{type(failure).__name__}: {failure}")
     if error > 1e-2:
         return Check(backend.name, device, "FAIL", f"a product is wrong by {error:.1e} of its norm")
-    inherited = f"; composites in use: {', '.join(composites)}" if composites else ""
+    inherited = f"; {len(composites)} ops run as composites: {', '.join(composites)}" if composites else ""
     return Check(backend.name, device, "PASS", f"a product is right to {error:.1e}{inherited}")
 
 

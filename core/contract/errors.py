@@ -57,7 +57,8 @@ class OutOfMemoryError(DeviceError):
         free = "an unknown amount is" if free_bytes is None else f"{free_bytes / 2**20:.1f} MiB are"
         super().__init__(
             f"{what} needs {wanted_bytes / 2**20:.1f} MiB but {free} free; "
-            "lower the memory budget, the maximum length or the number of concurrent requests"
+            "free memory on the device, lower the cache's budget or the maximum length, or choose a smaller "
+            "model or dtype"
         )
 
 

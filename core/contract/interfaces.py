@@ -67,7 +67,8 @@ class StepOutput(Protocol):
         """Wait; logits of the real sampled rows (or hidden of the real tokens for an inner stage), float32
         [n, V or D].
 
-        With `Outputs.all_logits`: of every real token.
+        With `Outputs.all_logits`: of every real token. Which of them it is follows from the batch's
+        `Outputs`, never from the shape.
         """
 
     def hidden(self, layer: int) -> npt.NDArray[np.float32]:
@@ -196,7 +197,7 @@ class Communicator(Protocol):
         """Sum over members, accumulated in float32 or wider, same shape and dtype."""
 
     def all_gather(self, x: Array, dim: int) -> Array:
-        """Members' arrays joined along `dim` in rank order."""
+        """Members' arrays, equal in shape and dtype, joined along `dim` in rank order."""
 
     def reduce_scatter(self, x: Array, dim: int) -> Array:
         """Sum over members, of which this member gets its equal part along `dim`."""

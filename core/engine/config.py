@@ -27,8 +27,8 @@ class EngineConfig:
         policy: order of waiting requests. max_waiting: refuse requests beyond this many waiting.
         overlap: steps in flight; None = what the backend declares. tensor_parallel: ranks that share each
             layer.
-        num_threads: host threads for the backend. warm_up: compile all decode buckets before the first
-            request.
+        num_threads: host threads for the backend. warm_up: compile before the first request what a backend
+            of fixed shapes needs to decode; one of static shapes compiles everything then in any case.
         backend_options: passed to the backend as they are.
     """
 

@@ -18,7 +18,7 @@ from core.contract.batch import StepLayout
 from core.contract.errors import EngineDead, RequestError, UnsupportedError
 from core.engine.config import EngineConfig, resolve_dtype, resolve_length
 from core.engine.memory import CacheBudget, block_groups, check_layers, choose_block_size
-from core.engine.trace import StepTrace
+from core.engine.trace import StepTrace, decision
 from core.env import debug_level
 from core.executor.inline import InlineExecutor
 from core.executor.multiprocess import MultiprocessExecutor
@@ -130,8 +130,25 @@ class Engine:
         size = max(StepLayout.of(b, plan, spec.batch).size for b in buckets.largest())
         buffers = [self._executor.host_buffer(size) for _ in range(self._overlap + 1)]
         self._builder = BatchBuilder(plan, spec.batch, buckets, self.scheduler.table, self.blocks, buffers)
-        if config.warm_up or spec.shapes.kind == "static":
-            self._executor.warm(list(buckets.warm_up()))
+        beforehand = list(buckets.warm_up()) if config.warm_up or spec.shapes.kind == "static" else []
+        self._explain(len(beforehand))
+        if beforehand:
+            self._executor.warm(beforehand)
+
+    def _explain(self, num_programs: int) -> None:
+        config, spec, cache = self.config, self.backend.spec, self.cache
+        composites = ", ".join(self.report.inherited) or "none"
+        decision(f"backend {spec.name}: {self.choice_reason}; {config.tensor_parallel} ranks")
+        decision(f"weights: {self.dtype}, {self.report.weight_bytes / 2**20:.1f} MiB on each rank")
+        decision(
+            f"cache: {cache.num_tokens} tokens, {cache.num_bytes / 2**20:.1f} MiB, blocks of "
+            f"{self._block_size}; "
+            f"{cache.full_requests:.1f} requests of {self.max_model_len} tokens"
+        )
+        decision(
+            f"{self._overlap} steps in flight; {spec.shapes.kind} shapes, {num_programs} compiled beforehand"
+        )
+        decision(f"ops that run as composites: {composites}")
 
     def add(
         self,

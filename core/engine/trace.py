@@ -1,6 +1,7 @@
-"""What a step was given and what it gave, for people: one JSON line each on standard error at CORE_DEBUG=3.
+"""For people, on standard error: decisions at CORE_DEBUG=1, and at CORE_DEBUG=3 what each step was given and
+gave.
 
-The lines hold the whole StepBatch without its padding, so a bug report can carry them.
+A step's lines are JSON and hold the whole StepBatch without its padding, so a bug report can carry them.
 """
 
 from __future__ import annotations
@@ -11,10 +12,17 @@ from typing import TextIO
 
 from core.contract.batch import StepBatch
 from core.contract.types import SampledTokens
+from core.env import debug_level
 from core.scheduler import StepPlan
 
 _TOKENS = ("token_ids", "token_source", "positions", "row_of_token")
 _SAMPLES = ("sample_rows", "sample_slots")
+
+
+def decision(text: str) -> None:
+    """Say what was decided, and why, where the user wants to know."""
+    if debug_level() >= 1:
+        sys.stderr.write(f"core: {text}\n")
 
 
 class StepTrace:

@@ -35,3 +35,25 @@ def test_each_step_is_printed_without_padding(
     assert [b["token_ids"] for b in batches] == [[5, 6, 7], [0]]
     assert [b["positions"] for b in batches] == [[0, 1, 2], [3]]
     assert [r["tokens"] for r in results] == [[t] for t in tokens]
+
+
+@pytest.mark.parametrize("level", ["0", "1"])
+def test_decisions_are_told_where_the_user_asks_for_them(
+    level: str,
+    tiny_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CORE_DEBUG", level)
+    config = EngineConfig(
+        model=tiny_folder("llama"), backend="cpu_reference", dtype="float64", max_model_len=64, block_size=4
+    )
+    Engine(config).close()
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("core: ")]
+    if level == "0":
+        assert told == []
+        return
+    assert "backend cpu_reference: " in told[0] and "1 ranks" in told[0]
+    assert "weights: float64" in told[1]
+    assert "blocks of 4" in told[2] and "requests of 64 tokens" in told[2]
+    assert any("ops that run as composites: none" in line for line in told)

@@ -7,10 +7,11 @@ import shutil
 import sys
 import textwrap
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from core.cli.options import engine_config, print_choices, with_engine_options
 from core.contract.errors import CoreError
 
 app = typer.Typer(
@@ -21,8 +22,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-BackendOption = Annotated[str, typer.Option(help="Backend by name, or auto.")]
-DtypeOption = Annotated[str, typer.Option(help="Compute dtype, or auto.")]
+Options = dict[str, Any]
 _INDENT = " " * 12
 
 
@@ -32,45 +32,23 @@ def options(debug: Annotated[bool, typer.Option(help="Show tracebacks of errors.
 
 
 @app.command()
+@with_engine_options
 def generate(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file, or `sample`.")],
     prompt: Annotated[list[str], typer.Option(help="A prompt; give it again for several at once.")],
+    options: Options,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Probability mass to draw from.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     chat: Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")] = False,
-    backend: BackendOption = "auto",
-    dtype: DtypeOption = "auto",
-    device: Annotated[int, typer.Option(help="Index of the backend's device.")] = 0,
-    max_model_len: Annotated[int | None, typer.Option(help="Prompt and output tokens.")] = None,
-    max_requests: Annotated[int, typer.Option(help="Sequences that run at once.")] = 64,
-    max_batch_tokens: Annotated[int, typer.Option(help="Tokens of one step at most.")] = 2048,
-    block_size: Annotated[int | None, typer.Option(help="Tokens of a KV block.")] = None,
-    kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory for the KV cache.")] = None,
-    tensor_parallel: Annotated[int, typer.Option(help="Ranks that share each layer.")] = 1,
-    num_threads: Annotated[int | None, typer.Option(help="Host threads for the backend.")] = None,
 ) -> None:
     """Continue one or several prompts and print the texts."""
     from core.engine.llm import LLM
     from core.sampling.params import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    show = sys.stderr.isatty()
-    with LLM(
-        model,
-        backend=backend,
-        dtype=dtype,
-        device=device,
-        max_model_len=max_model_len,
-        max_requests=max_requests,
-        max_batch_tokens=max_batch_tokens,
-        block_size=block_size,
-        kv_cache_bytes=kv_cache_bytes,
-        tensor_parallel=tensor_parallel,
-        num_threads=num_threads,
-        show_progress=show,
-    ) as llm:
+    with LLM(model, **options, show_progress=sys.stderr.isatty()) as llm:
         typer.echo(f"backend: {llm.engine.backend.name} ({llm.engine.choice_reason})", err=True)
         if chat:
             outputs = llm.chat([[{"role": "user", "content": p}] for p in prompt], params)
@@ -81,6 +59,23 @@ def generate(
             typer.echo(f"--- {given}")
         for choice in output.outputs:
             typer.echo(choice.text)
+
+
+@app.command("explain")
+@with_engine_options
+def explain_command(
+    model: Annotated[str, typer.Argument(help="Folder, .gguf file, or `sample`.")],
+    options: Options,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print what every option comes to for this model on this machine, and why. Loads nothing."""
+    from core.engine.engine import explain
+
+    resolution = explain(engine_config(model, options))
+    if as_json:
+        typer.echo(json.dumps([asdict(c) for c in resolution.choices], indent=2))
+    else:
+        print_choices(resolution)
 
 
 @app.command("fetch-sample")
@@ -137,16 +132,16 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 @app.command()
+@with_engine_options
 def demo(
+    options: Options,
     model: Annotated[str, typer.Argument(help="Folder, .gguf file, or `sample`.")] = "sample",
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer at most.")] = 64,
-    backend: BackendOption = "auto",
-    dtype: DtypeOption = "auto",
 ) -> None:
     """Answer eight prompts at once and show every stream as it grows."""
     from core.cli.demo import run
 
-    run(model, backend=backend, dtype=dtype, max_tokens=max_tokens)
+    run(model, options, max_tokens=max_tokens)
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console, ConsoleDimensions, Group
 from rich.live import Live
@@ -26,11 +28,12 @@ _QUESTIONS = (
 )
 
 
-def run(model: str, *, backend: str, dtype: str, max_tokens: int) -> None:
+def run(model: str, options: Mapping[str, Any], *, max_tokens: int) -> None:
     """Generate for eight prompts at once with a live display."""
     console = Console()
     console.print(f"loading {model} ...")
-    with LLM(model, backend=backend, dtype=dtype, max_model_len=2048, max_requests=8) as llm:
+    length = options.get("max_model_len") or 2048
+    with LLM(model, **{**options, "max_model_len": length, "max_requests": 8}) as llm:
         engine = llm.engine
         console.print(
             f"backend [bold]{engine.backend.name}[/bold] ({engine.choice_reason}), {engine.dtype}, "

@@ -11,18 +11,21 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 from core.block_manager import BlockManager
 from core.contract.batch import StepLayout
 from core.contract.errors import EngineDead, RequestError, UnsupportedError
-from core.engine.config import EngineConfig, resolve_dtype, resolve_length
-from core.engine.memory import CacheBudget, block_groups, check_layers, choose_block_size
+from core.engine.config import EngineConfig
+from core.engine.memory import CacheBudget, block_groups, check_layers
+from core.engine.resolve import Resolution, choose_dtype
 from core.engine.trace import StepTrace, decision
 from core.env import debug_level
 from core.executor.inline import InlineExecutor
 from core.executor.multiprocess import MultiprocessExecutor
 from core.executor.rank import Executor, read_model
+from core.models.config import ModelConfig
 from core.plugins import BackendHandle, Plugins
 from core.runner.buckets import Buckets
 from core.runner.builder import BatchBuilder
@@ -30,9 +33,6 @@ from core.sampling.params import SamplingParams
 from core.scheduler import Event, Request, Scheduler, SchedulerConfig
 from core.weights.checkpoint import open_checkpoint
 from core.weights.loader import Progress, check_checkpoint
-
-_KV_SHARE = 0.6
-"""Share of the memory left after loading that a KV cache takes where no budget was given."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,56 @@ class EngineMetrics:
     blocks_cached: int
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A backend chosen, the model checked against it, its ranks open; nothing is loaded."""
+
+    backend: BackendHandle
+    reason: str
+    model: ModelConfig
+    executor: Executor
+
+
+def _open(config: EngineConfig, plugins: Plugins | None) -> _Opened:
+    if plugins is None:
+        plugins = Plugins()
+        plugins.load()
+    selection = plugins.select(config.backend)
+    spec = selection.spec
+    if config.tensor_parallel > spec.max_world_size:
+        raise UnsupportedError(
+            f"tensor_parallel is {config.tensor_parallel}, but backend {spec.name!r} runs "
+            f"{spec.max_world_size} ranks at most"
+        )
+    with closing(open_checkpoint(config.model)) as checkpoint:
+        definition, model = read_model(checkpoint)
+        dtype, _ = choose_dtype(spec, config.dtype, model.dtype)
+        check_layers(spec, definition.cache_layers(model.local(config.tensor_parallel), dtype))
+        check_checkpoint(definition, model, checkpoint)
+    kind = MultiprocessExecutor if config.tensor_parallel > 1 else InlineExecutor
+    backend = plugins.backend(spec.name)
+    return _Opened(backend, selection.reason, model, kind(config, backend))
+
+
+def explain(config: EngineConfig, *, plugins: Plugins | None = None) -> Resolution:
+    """What an engine with these options would decide, and why. Opens the device, but loads nothing.
+
+    Raises:
+        CoreError: it could not start.
+    """
+    opened = _open(config, plugins)
+    try:
+        return opened.executor.resolve(opened.reason)
+    finally:
+        opened.executor.close()
+
+
 class Engine:
-    """One model on one backend. One thread uses it."""
+    """One model on one backend. One thread uses it.
+
+    Attributes:
+        resolution: what was decided for each option, and why.
+    """
 
     def __init__(
         self,
@@ -60,50 +108,53 @@ class Engine:
         *,
         plugins: Plugins | None = None,
         progress: Progress | None = None,
+        on_resolved: Callable[[Resolution], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Start.
+
+        Args:
+            progress: told the bytes of weights read. on_resolved: told the decisions before loading.
+
+        Raises:
+            CoreError: what cannot work; before weights are read, where it can be known then.
+        """
         self.config = config
-        if plugins is None:
-            plugins = Plugins()
-            plugins.load()
-        selection = plugins.select(config.backend)
-        self.backend: BackendHandle = plugins.backend(selection.spec.name)
-        self.choice_reason = selection.reason
-        spec = self.backend.spec
-        self._check_parallel()
-        checkpoint = open_checkpoint(config.model)
-        try:
-            definition, self.model = read_model(checkpoint)
-            self.dtype = resolve_dtype(spec, config.dtype, self.model.dtype)
-            self.max_model_len = resolve_length(config.max_model_len, self.model)
-            local = self.model.local(config.tensor_parallel)
-            check_layers(spec, definition.cache_layers(local, self.dtype))
-            check_checkpoint(definition, self.model, checkpoint)
-        finally:
-            checkpoint.close()
-        self._block_size = choose_block_size(spec, config.block_size)
-        kind = MultiprocessExecutor if config.tensor_parallel > 1 else InlineExecutor
         self._dead: BaseException | None = None
-        self._executor: Executor = kind(config, self.backend, self.max_model_len)
+        opened = _open(config, plugins)
+        self.backend, self.choice_reason, self.model = opened.backend, opened.reason, opened.model
+        self._executor = opened.executor
         try:
+            self.resolution = self._executor.resolve(self.choice_reason)
+            for choice in self.resolution.choices:
+                decision(f"{choice.option} = {choice.value}: {choice.why}")
+            decision(self.resolution.summary())
+            if on_resolved is not None:
+                on_resolved(self.resolution)
             self._start(progress, clock)
         except BaseException:
             self._executor.close()
             raise
 
-    def _check_parallel(self) -> None:
-        spec, ranks = self.backend.spec, self.config.tensor_parallel
-        if ranks > spec.max_world_size:
-            raise UnsupportedError(
-                f"tensor_parallel is {ranks}, but backend {spec.name!r} runs {spec.max_world_size} ranks "
-                "at most"
-            )
+    @property
+    def cache(self) -> CacheBudget:
+        """The caches, and what they hold."""
+        return self.resolution.cache
+
+    @property
+    def dtype(self) -> str:
+        """The compute dtype."""
+        return self.resolution.dtype
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output of a sequence at most."""
+        return self.resolution.max_model_len
 
     def _start(self, progress: Progress | None, clock: Callable[[], float]) -> None:
         config, spec = self.config, self.backend.spec
-        self.report = self._executor.load(progress)
-        budget_bytes = config.kv_cache_bytes or int(self.report.free_bytes * _KV_SHARE)
-        self.cache: CacheBudget = self._executor.allocate(budget_bytes, self._block_size, self.max_model_len)
+        self.report = self._executor.load(self.resolution, progress)
+        self._executor.allocate(self.cache)
         plan = self.cache.plan
         self.blocks = BlockManager(
             block_groups(plan),
@@ -125,30 +176,16 @@ class Engine:
         )
         self._clock = clock
         self._trace = StepTrace() if debug_level() >= 3 else None
-        self._overlap = config.overlap or spec.overlap
+        self._overlap = self.resolution.overlap
         buckets = Buckets(spec, plan, config.max_batch_tokens, self.max_model_len)
         size = max(StepLayout.of(b, plan, spec.batch).size for b in buckets.largest())
         buffers = [self._executor.host_buffer(size) for _ in range(self._overlap + 1)]
         self._builder = BatchBuilder(plan, spec.batch, buckets, self.scheduler.table, self.blocks, buffers)
         beforehand = list(buckets.warm_up()) if config.warm_up or spec.shapes.kind == "static" else []
-        self._explain(len(beforehand))
+        decision(f"{len(beforehand)} programs compiled beforehand; {spec.shapes.kind} shapes")
+        decision(f"ops that run as composites: {', '.join(self.report.inherited) or 'none'}")
         if beforehand:
             self._executor.warm(beforehand)
-
-    def _explain(self, num_programs: int) -> None:
-        config, spec, cache = self.config, self.backend.spec, self.cache
-        composites = ", ".join(self.report.inherited) or "none"
-        decision(f"backend {spec.name}: {self.choice_reason}; {config.tensor_parallel} ranks")
-        decision(f"weights: {self.dtype}, {self.report.weight_bytes / 2**20:.1f} MiB on each rank")
-        decision(
-            f"cache: {cache.num_tokens} tokens, {cache.num_bytes / 2**20:.1f} MiB, blocks of "
-            f"{self._block_size}; "
-            f"{cache.full_requests:.1f} requests of {self.max_model_len} tokens"
-        )
-        decision(
-            f"{self._overlap} steps in flight; {spec.shapes.kind} shapes, {num_programs} compiled beforehand"
-        )
-        decision(f"ops that run as composites: {composites}")
 
     def add(
         self,

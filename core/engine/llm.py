@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from core.contract.errors import ConfigError, RequestError
 from core.engine.config import EngineConfig
 from core.engine.engine import Engine
 from core.engine.outputs import RequestOutput
+from core.engine.resolve import Resolution
 from core.engine.stream import RequestStream
 from core.env import cache_dir
 from core.sampling.params import SamplingParams
@@ -51,6 +53,7 @@ class LLM:
         kv_cache_bytes: int | None = None,
         prefix_cache: bool = True,
         policy: Literal["fcfs", "priority"] = "fcfs",
+        max_waiting: int | None = None,
         overlap: int | None = None,
         tensor_parallel: int = 1,
         num_threads: int | None = None,
@@ -72,6 +75,7 @@ class LLM:
             kv_cache_bytes=kv_cache_bytes,
             prefix_cache=prefix_cache,
             policy=policy,
+            max_waiting=max_waiting,
             overlap=overlap,
             tensor_parallel=tensor_parallel,
             num_threads=num_threads,
@@ -80,7 +84,7 @@ class LLM:
         )
         self.tokenizer = load_tokenizer(config.model)
         with _loading(config.model.name, show_progress) as progress:
-            self.engine = Engine(config, progress=progress)
+            self.engine = Engine(config, progress=progress, on_resolved=_tell if show_progress else None)
         self._ids = itertools.count()
 
     def generate(
@@ -206,6 +210,10 @@ def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: 
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters were given for {count} prompts; give one each")
     return list(params)
+
+
+def _tell(resolution: Resolution) -> None:
+    sys.stderr.write(f"{resolution.summary()}\n")
 
 
 @contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from core.block_manager import CacheGroup
 from core.contract.errors import ConfigError, UnsupportedError
-from core.contract.interfaces import MemoryAllocator
 from core.contract.spec import BackendSpec
 from core.contract.types import CacheGroupSpec, CacheLayerSpec, CachePlan
+
+BlockBytes = Callable[[CacheLayerSpec, int], int]
+"""Device bytes of one block (or state slot) of a layer, as `MemoryAllocator.block_bytes` gives them."""
 
 GroupKey = tuple[Literal["paged", "window", "state"], int | None]
 
@@ -68,7 +71,7 @@ def _group_key(layer: CacheLayerSpec) -> GroupKey:
 
 def plan_cache(
     spec: BackendSpec,
-    allocator: MemoryAllocator,
+    block_bytes: BlockBytes,
     layers: tuple[CacheLayerSpec, ...],
     *,
     block_size: int,
@@ -102,10 +105,10 @@ def plan_cache(
         )
     plan = CachePlan(layers=layers, groups=tuple(groups), group_of=group_of, max_requests=max_requests)
     if num_blocks is None:
-        num_blocks = _fit(allocator, plan, budget_bytes, per_request, spec.cache.num_blocks_multiple)
+        num_blocks = _fit(block_bytes, plan, budget_bytes, per_request, spec.cache.num_blocks_multiple)
     plan = _with_blocks(plan, num_blocks)
     tokens = (num_blocks - 1) * block_size
-    return CacheBudget(plan, plan_bytes(allocator, plan), tokens, tokens / max_model_len)
+    return CacheBudget(plan, plan_bytes(block_bytes, plan), tokens, tokens / max_model_len)
 
 
 def _wanted_blocks(
@@ -118,10 +121,10 @@ def _wanted_blocks(
     return min(visible * max_requests + -(-max_step_tokens // block_size), per_request * max_requests)
 
 
-def plan_bytes(allocator: MemoryAllocator, plan: CachePlan) -> int:
+def plan_bytes(block_bytes: BlockBytes, plan: CachePlan) -> int:
     """Device memory that the plan's caches take, in bytes."""
     return sum(
-        allocator.block_bytes(layer, plan.groups[g].block_size) * plan.groups[g].num_blocks
+        block_bytes(layer, plan.groups[g].block_size) * plan.groups[g].num_blocks
         for layer, g in zip(plan.layers, plan.group_of, strict=True)
     )
 
@@ -137,19 +140,19 @@ def _with_blocks(plan: CachePlan, num_blocks: int) -> CachePlan:
     return replace(plan, groups=groups)
 
 
-def _fit(allocator: MemoryAllocator, plan: CachePlan, budget: int, per_request: int, multiple: int) -> int:
+def _fit(block_bytes: BlockBytes, plan: CachePlan, budget: int, per_request: int, multiple: int) -> int:
     """The largest number of blocks that the budget holds, at most what all requests can use."""
     most = max((g.num_blocks for g in plan.groups if g.kind != "state"), default=per_request + 1)
     low, high = 0, -(-most // multiple)
     while low < high:
         middle = (low + high + 1) // 2
-        if plan_bytes(allocator, _with_blocks(plan, middle * multiple)) <= budget:
+        if plan_bytes(block_bytes, _with_blocks(plan, middle * multiple)) <= budget:
             low = middle
         else:
             high = middle - 1
     blocks = low * multiple
     if blocks < per_request + 1:
-        needed = plan_bytes(allocator, _with_blocks(plan, -(-(per_request + 1) // multiple) * multiple))
+        needed = plan_bytes(block_bytes, _with_blocks(plan, -(-(per_request + 1) // multiple) * multiple))
         raise ConfigError(
             f"the KV cache budget of {budget / 2**20:.1f} MiB does not hold one request of full length, "
             "which needs "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 from core.block_manager import BlockCopy
 from core.contract.batch import Int32, StepBatch
 from core.contract.types import Bucket, SampledTokens, SamplingBatch
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget
+from core.engine.resolve import Resolution
 from core.executor.rank import Executor, RankPlace, RankReport, RankWorker
 from core.plugins import BackendHandle
 from core.weights.checkpoint import open_checkpoint
@@ -18,23 +20,24 @@ from core.weights.loader import Progress
 class InlineExecutor(Executor):
     """Runs one rank by direct calls."""
 
-    def __init__(self, config: EngineConfig, backend: BackendHandle, max_model_len: int) -> None:
+    def __init__(self, config: EngineConfig, backend: BackendHandle) -> None:
         self._config = config
-        self._max_model_len = max_model_len
         self._worker = RankWorker(config, backend, RankPlace())
         self._closed = False
 
-    def load(self, progress: Progress | None) -> RankReport:
+    def resolve(self, backend_reason: str) -> Resolution:
         """See Executor."""
-        checkpoint = open_checkpoint(self._config.model)
-        try:
-            return self._worker.load(checkpoint, self._max_model_len, progress)
-        finally:
-            checkpoint.close()
+        with closing(open_checkpoint(self._config.model)) as checkpoint:
+            return self._worker.resolve(checkpoint, backend_reason)
 
-    def allocate(self, budget_bytes: int, block_size: int, max_model_len: int) -> CacheBudget:
+    def load(self, resolution: Resolution, progress: Progress | None) -> RankReport:
         """See Executor."""
-        return self._worker.allocate(budget_bytes, block_size, max_model_len)
+        with closing(open_checkpoint(self._config.model)) as checkpoint:
+            return self._worker.load(checkpoint, resolution, progress)
+
+    def allocate(self, budget: CacheBudget) -> None:
+        """See Executor."""
+        self._worker.allocate(budget)
 
     def host_buffer(self, size: int) -> Int32:
         """See Executor."""

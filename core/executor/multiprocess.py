@@ -10,6 +10,7 @@ import multiprocessing
 import socket
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -23,6 +24,7 @@ from core.contract.errors import CoreError, DeviceError
 from core.contract.types import Bucket, SampledTokens, SamplingBatch
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget
+from core.engine.resolve import Resolution
 from core.executor.rank import Executor, RankPlace, RankReport, RankWorker
 from core.executor.wire import decode, encode
 from core.plugins import BackendHandle, Plugins
@@ -33,7 +35,7 @@ from core.weights.loader import Progress
 class MultiprocessExecutor(Executor):
     """Runs `config.tensor_parallel` ranks in processes of their own."""
 
-    def __init__(self, config: EngineConfig, backend: BackendHandle, max_model_len: int) -> None:
+    def __init__(self, config: EngineConfig, backend: BackendHandle) -> None:
         self._config = config
         context = multiprocessing.get_context("spawn")
         rendezvous = f"tcp://127.0.0.1:{_free_port()}"
@@ -44,7 +46,7 @@ class MultiprocessExecutor(Executor):
             place = RankPlace(rank, config.tensor_parallel, rendezvous)
             process = context.Process(
                 target=_worker_main,
-                args=(theirs, encode((config, backend.name, place, max_model_len))),
+                args=(theirs, encode((config, backend.name, place))),
                 name=f"core-rank-{rank}",
                 daemon=True,
             )
@@ -53,15 +55,19 @@ class MultiprocessExecutor(Executor):
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def load(self, progress: Progress | None) -> RankReport:
+    def resolve(self, backend_reason: str) -> Resolution:
         """See Executor."""
-        reports: list[RankReport] = self._call("load")
+        found: list[Resolution] = self._call("resolve", backend_reason)
+        return min(found, key=lambda r: (r.max_model_len, r.cache.num_tokens))
+
+    def load(self, resolution: Resolution, progress: Progress | None) -> RankReport:
+        """See Executor."""
+        reports: list[RankReport] = self._call("load", resolution)
         return min(reports, key=lambda r: r.free_bytes)
 
-    def allocate(self, budget_bytes: int, block_size: int, max_model_len: int) -> CacheBudget:
+    def allocate(self, budget: CacheBudget) -> None:
         """See Executor."""
-        budgets: list[CacheBudget] = self._call("allocate", budget_bytes, block_size, max_model_len)
-        return budgets[0]
+        self._call("allocate", budget)
 
     def host_buffer(self, size: int) -> Int32:
         """See Executor."""
@@ -170,7 +176,7 @@ class _Worker:
     """Commands of a worker process."""
 
     def __init__(self, setup: bytes) -> None:
-        self._config, name, place, self._max_model_len = decode(setup)
+        self._config, name, place = decode(setup)
         plugins = Plugins()
         plugins.load()
         backend = plugins.backend(name)
@@ -178,17 +184,17 @@ class _Worker:
         self._rank = RankWorker(self._config, backend, place)
         self._failed: dict[int, Exception] = {}
 
-    def do_load(self) -> RankReport:
-        checkpoint = open_checkpoint(self._config.model)
-        try:
-            return self._rank.load(checkpoint, self._max_model_len)
-        finally:
-            checkpoint.close()
+    def do_resolve(self, backend_reason: str) -> Resolution:
+        with closing(open_checkpoint(self._config.model)) as checkpoint:
+            return self._rank.resolve(checkpoint, backend_reason)
 
-    def do_allocate(self, budget_bytes: int, block_size: int, max_model_len: int) -> CacheBudget:
-        budget = self._rank.allocate(budget_bytes, block_size, max_model_len)
+    def do_load(self, resolution: Resolution) -> RankReport:
+        with closing(open_checkpoint(self._config.model)) as checkpoint:
+            return self._rank.load(checkpoint, resolution)
+
+    def do_allocate(self, budget: CacheBudget) -> None:
+        self._rank.allocate(budget)
         self._plan = budget.plan
-        return budget
 
     def do_warm(self, buckets: tuple[Bucket, ...]) -> None:
         self._rank.runner.warm(buckets)

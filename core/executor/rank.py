@@ -20,8 +20,9 @@ from core.contract.requests import (
     SamplerRequest,
 )
 from core.contract.types import Bucket, SampledTokens, SamplingBatch
-from core.engine.config import EngineConfig, resolve_dtype
-from core.engine.memory import CacheBudget, check_layers, plan_cache
+from core.engine.config import EngineConfig
+from core.engine.memory import CacheBudget, check_layers
+from core.engine.resolve import Facts, Resolution, resolve
 from core.models import ModelDefinition, definition
 from core.models.config import ModelConfig
 from core.parallel.sharding import Shard
@@ -29,7 +30,7 @@ from core.parallel.tensor_parallel import TensorParallelOps
 from core.plugins import BackendHandle
 from core.runner.runner import Runner
 from core.weights.checkpoint import Checkpoint
-from core.weights.loader import LoadedModel, Progress, load_model
+from core.weights.loader import LoadedModel, Progress, load_model, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,33 @@ class RankWorker:
         )
         self._allocator = backend.memory_allocator(AllocatorRequest(device=self.device))
 
-    def load(
-        self, checkpoint: Checkpoint, max_model_len: int, progress: Progress | None = None
-    ) -> RankReport:
-        """Join the other ranks and bring this rank's share of the model to the device."""
-        spec, place = self._backend.spec, self._place
+    def resolve(self, checkpoint: Checkpoint, backend_reason: str) -> Resolution:
+        """What the options come to on this rank; reads no weight."""
+        spec, shard = self._backend.spec, Shard(self._place.rank, self._place.world_size)
         model, c = read_model(checkpoint)
-        local = c.local(place.world_size)
-        self._dtype = resolve_dtype(spec, self._config.dtype, c.dtype)
-        check_layers(spec, model.cache_layers(local, self._dtype))
+        local = c.local(shard.world_size)
         if c.moe is not None and not spec.routed_experts:
             raise UnsupportedError(f"backend {spec.name!r} does not declare routed experts; choose another")
-        ops = self._backend.ops(OpsRequest(device=self.device, dtype=self._dtype))
+        facts = Facts(
+            spec=spec,
+            backend_reason=backend_reason,
+            model=c,
+            layers=lambda dtype: model.cache_layers(local, dtype),
+            weight_bytes=lambda dtype: weight_bytes(model, c, dtype, shard),
+            memory=self.device.memory(),
+            block_bytes=self._allocator.block_bytes,
+        )
+        found = resolve(self._config, facts)
+        check_layers(spec, found.cache.plan.layers)
+        return found
+
+    def load(
+        self, checkpoint: Checkpoint, resolution: Resolution, progress: Progress | None = None
+    ) -> RankReport:
+        """Join the other ranks and bring this rank's share of the model to the device."""
+        place = self._place
+        model, c = read_model(checkpoint)
+        ops = self._backend.ops(OpsRequest(device=self.device, dtype=resolution.dtype))
         report = inherited_ops(ops)
         if place.world_size > 1:
             self._communicator = self._join()
@@ -105,12 +121,11 @@ class RankWorker:
             c,
             checkpoint,
             self._allocator.pack,
-            dtype=self._dtype,
-            max_length=max_model_len,
+            dtype=resolution.dtype,
+            max_length=resolution.max_model_len,
             shard=Shard(place.rank, place.world_size),
             progress=progress,
         )
-        self._layers = model.cache_layers(local, self._dtype)
         self._vocab_size = c.vocab_size
         return RankReport(self.device.memory().free_bytes, self._allocator.used_bytes() - before, report)
 
@@ -131,22 +146,11 @@ class RankWorker:
             )
         )
 
-    def allocate(self, budget_bytes: int, block_size: int, max_model_len: int) -> CacheBudget:
-        """Allocate caches within the budget and make the runner; returns what was planned."""
-        config, spec = self._config, self._backend.spec
+    def allocate(self, budget: CacheBudget) -> None:
+        """Allocate the caches as planned and make the runner."""
+        spec = self._backend.spec
         if self._model is None:
             raise PluginError("allocate was called before load")
-        budget = plan_cache(
-            spec,
-            self._allocator,
-            self._layers,
-            block_size=block_size,
-            max_requests=config.max_requests,
-            max_model_len=max_model_len,
-            max_step_tokens=config.max_batch_tokens * (config.overlap or spec.overlap),
-            budget_bytes=budget_bytes,
-            num_blocks=config.num_blocks,
-        )
         sampler = (
             self._backend.sampler(SamplerRequest(device=self.device, vocab_size=self._vocab_size))
             if spec.device_sampler
@@ -163,7 +167,6 @@ class RankWorker:
             plan=budget.plan,
             spec=spec,
         )
-        return budget
 
     @property
     def runner(self) -> Runner:
@@ -189,11 +192,15 @@ class Executor:
     implement it.
     """
 
-    def load(self, progress: Progress | None) -> RankReport:
+    def resolve(self, backend_reason: str) -> Resolution:
+        """What the options come to: of the ranks' answers, that of the smallest cache. Reads no weight."""
+        raise NotImplementedError
+
+    def load(self, resolution: Resolution, progress: Progress | None) -> RankReport:
         """Load every rank; the report with the least free memory."""
         raise NotImplementedError
 
-    def allocate(self, budget_bytes: int, block_size: int, max_model_len: int) -> CacheBudget:
+    def allocate(self, budget: CacheBudget) -> None:
         """Allocate every rank's caches with one plan."""
         raise NotImplementedError
 

@@ -25,6 +25,7 @@ from core.contract.types import (
 )
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget
+from core.engine.resolve import Choice, Resolution
 from core.executor.rank import RankPlace, RankReport
 
 _RECORDS: Mapping[str, type[Any]] = {
@@ -36,10 +37,12 @@ _RECORDS: Mapping[str, type[Any]] = {
         CacheGroupSpec,
         CacheLayerSpec,
         CachePlan,
+        Choice,
         EngineConfig,
         Outputs,
         RankPlace,
         RankReport,
+        Resolution,
         SampledTokens,
         SamplingBatch,
         StatePart,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -131,6 +132,14 @@ def load_model(
         if progress is not None:
             progress(done, sum(sizes))
     return LoadedModel(local, tuple(packed), step_function(definition, local, tree, shard))
+
+
+def weight_bytes(definition: ModelDefinition, c: ModelConfig, dtype: str, shard: Shard) -> int:
+    """Device bytes of a rank's parameters, every element in `dtype`; without a backend's own padding."""
+    parts = [p for leaf in leaves(definition.params(c)) if isinstance(leaf, Param) for p in leaf.parts]
+    elements = sum(prod(r.stop - r.start for r in shard.ranges(part)) for part in parts)
+    bits: int = ml_dtypes.finfo(dtype).bits
+    return elements * bits // 8
 
 
 def step_function(definition: ModelDefinition, local: ModelConfig, tree: Any, shard: Shard) -> StepFunction:

@@ -1,0 +1,219 @@
+"""From options to decisions: one pure function, which gives a reason for each.
+
+It runs before any weight is read: what the cache's budget buys is known, and told, before loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from core.contract.errors import ConfigError, UnsupportedError
+from core.contract.spec import BackendSpec
+from core.contract.types import CacheLayerSpec, MemoryInfo
+from core.engine.config import EngineConfig
+from core.engine.memory import BlockBytes, CacheBudget, choose_block_size, plan_cache
+from core.models.config import ModelConfig
+
+_KV_SHARE = 0.6
+"""Share of the memory that weights leave free which a KV cache takes where no budget was given."""
+
+_USUAL_LENGTH = 8192
+"""A longer maximum length is taken only where it is asked for: it costs memory at every start."""
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a decision goes by; known without reading a weight.
+
+    Attributes:
+        backend_reason: why this backend was chosen.
+        layers: cache layers of a rank, by dtype. weight_bytes: device bytes of a rank's weights, by dtype.
+        memory: of the rank's device, now. block_bytes: as the backend's allocator tells it.
+    """
+
+    spec: BackendSpec
+    backend_reason: str
+    model: ModelConfig
+    layers: Callable[[str], tuple[CacheLayerSpec, ...]]
+    weight_bytes: Callable[[str], int]
+    memory: MemoryInfo
+    block_bytes: BlockBytes
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One option, its value as text, and why."""
+
+    option: str
+    value: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Every decision of an engine's start.
+
+    Attributes:
+        weight_bytes: estimate of a rank's weights on the device. choices: one per option, in their order.
+    """
+
+    dtype: str
+    max_model_len: int
+    block_size: int
+    overlap: int
+    weight_bytes: int
+    cache: CacheBudget
+    choices: tuple[Choice, ...]
+
+    def summary(self) -> str:
+        """What the memory buys, in one sentence."""
+        c = self.cache
+        return (
+            f"{self.weight_bytes / _MIB:.0f} MiB of {self.dtype} weights; KV cache of "
+            f"{c.num_bytes / _MIB:.0f} MiB: "
+            f"{c.num_tokens // self.block_size} blocks of {self.block_size} = {c.num_tokens} tokens, "
+            f"{c.full_requests:.1f} requests of {self.max_model_len} tokens at once"
+        )
+
+
+def resolve(config: EngineConfig, facts: Facts) -> Resolution:
+    """Decide every option that was not given.
+
+    Raises:
+        UnsupportedError: the backend does not compute in the dtype, or not with the block size.
+        ConfigError: longer than the model or the backend allows, or the memory does not hold it; with what
+            would.
+    """
+    spec = facts.spec
+    dtype, dtype_why = choose_dtype(spec, config.dtype, facts.model.dtype)
+    size = choose_block_size(spec, config.block_size)
+    overlap = config.overlap or spec.overlap
+    weights = facts.weight_bytes(dtype)
+    budget, budget_why = _budget(config, facts, weights)
+    length, length_why = _longest(config, facts, size)
+
+    def plan(max_model_len: int) -> CacheBudget:
+        return plan_cache(
+            spec,
+            facts.block_bytes,
+            facts.layers(dtype),
+            block_size=size,
+            max_requests=config.max_requests,
+            max_model_len=max_model_len,
+            max_step_tokens=config.max_batch_tokens * overlap,
+            budget_bytes=budget,
+            num_blocks=config.num_blocks,
+        )
+
+    try:
+        cache = plan(length)
+    except ConfigError:
+        fitting = None if config.max_model_len is not None else _fitting(plan, size, length)
+        if fitting is None:
+            raise
+        length, length_why = fitting, "the longest of which the KV cache's budget holds one request"
+        cache = plan(length)
+    decided = {
+        "backend": (spec.name, facts.backend_reason),
+        "dtype": (dtype, dtype_why),
+        "max_model_len": (str(length), length_why),
+        "block_size": (str(size), "given" if config.block_size else "the backend's preferred size"),
+        "num_blocks": _num_blocks(config, cache, size),
+        "kv_cache_bytes": (f"{budget} ({budget / _MIB:.0f} MiB)", budget_why),
+        "overlap": (str(overlap), "given" if config.overlap else "what the backend declares"),
+    }
+    return Resolution(dtype, length, size, overlap, weights, cache, _choices(config, decided))
+
+
+def choose_dtype(spec: BackendSpec, wanted: str, checkpoint: str) -> tuple[str, str]:
+    """The compute dtype, and why.
+
+    Raises:
+        UnsupportedError: the backend does not compute in the wanted dtype.
+    """
+    if wanted == "auto":
+        if checkpoint in spec.dtypes:
+            return checkpoint, "the checkpoint's"
+        return spec.dtypes[0], f"the backend's first; it does not compute in the checkpoint's {checkpoint}"
+    if wanted not in spec.dtypes:
+        raise UnsupportedError(
+            f"backend {spec.name!r} does not compute in {wanted!r}; choose from {', '.join(spec.dtypes)}"
+        )
+    return wanted, "given"
+
+
+def _budget(config: EngineConfig, facts: Facts, weights: int) -> tuple[int, str]:
+    free = facts.memory.free_bytes
+    left = free - weights
+    if left <= 0:
+        raise ConfigError(
+            f"the weights need {weights / _MIB:.0f} MiB, but the device has {free / _MIB:.0f} MiB free; "
+            "free memory "
+            "on it, share the model among more ranks, or choose a smaller model or dtype"
+        )
+    if config.kv_cache_bytes is not None:
+        return config.kv_cache_bytes, "given"
+    return int(left * _KV_SHARE), (
+        f"{_KV_SHARE:.0%} of the {left / _MIB:.0f} MiB that the weights leave of {free / _MIB:.0f} MiB free; "
+        "no more of it is taken than all requests can use"
+    )
+
+
+def _longest(config: EngineConfig, facts: Facts, size: int) -> tuple[int, str]:
+    """The maximum length that model and backend allow, and what set it."""
+    rules, widths = facts.spec.batch, facts.spec.shapes.width_buckets
+    limits = [(facts.model.max_position, f"the model was made for {facts.model.max_position} positions")]
+    if rules.max_rows_x_context is not None:
+        most = rules.max_rows_x_context // rules.min_decode_rows // size * size
+        limits.append(
+            (most, f"the backend's limit of rows x context, {rules.max_rows_x_context}, allows {most}")
+        )
+    if widths:
+        limits.append((widths[-1] * size, f"the backend's widest block table holds {widths[-1] * size}"))
+    limit, why = min(limits)
+    if config.max_model_len is None:
+        return (
+            (_USUAL_LENGTH, "the usual limit; give a larger one for more")
+            if limit > _USUAL_LENGTH
+            else (limit, why)
+        )
+    if config.max_model_len > limit:
+        raise ConfigError(f"max_model_len is {config.max_model_len}, but {why}; lower it")
+    return config.max_model_len, "given"
+
+
+def _fitting(plan: Callable[[int], CacheBudget], size: int, longest: int) -> int | None:
+    """The largest whole number of blocks, in tokens, that can be planned; None where not even one is."""
+    low, high = 0, longest // size
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            plan(middle * size)
+            low = middle
+        except ConfigError:
+            high = middle - 1
+    return low * size or None
+
+
+def _num_blocks(config: EngineConfig, cache: CacheBudget, size: int) -> tuple[str, str]:
+    count = cache.num_tokens // size
+    held = f"{count * size} tokens, {cache.full_requests:.1f} requests of full length"
+    why = f"{held}, in {cache.num_bytes / _MIB:.0f} MiB"
+    return str(count), f"given: {why}" if config.num_blocks else why
+
+
+def _choices(config: EngineConfig, decided: dict[str, tuple[str, str]]) -> tuple[Choice, ...]:
+    found = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name in decided:
+            found.append(Choice(f.name, *decided[f.name]))
+        elif value is None:
+            found.append(Choice(f.name, "-", str(f.metadata["otherwise"])))
+        else:
+            is_default = value == f.default or (f.name == "backend_options" and not value)
+            found.append(Choice(f.name, str(value), "default" if is_default else "given"))
+    return tuple(found)

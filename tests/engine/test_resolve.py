@@ -1,0 +1,222 @@
+"""Every option is decided once, before loading, with a reason; what memory buys is known then."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from core_test_plugins.null import SPEC
+
+from core.contract.errors import ConfigError, UnsupportedError
+from core.contract.spec import BatchRules, ShapeRules
+from core.contract.types import CacheLayerSpec, MemoryInfo
+from core.engine.config import EngineConfig
+from core.engine.engine import Engine, explain
+from core.engine.llm import LLM
+from core.engine.resolve import Facts, resolve
+from core.models.config import ModelConfig, RopeConfig
+
+MIB = 2**20
+ROOT = Path(__file__).resolve().parents[2]
+LAYER = CacheLayerSpec(kind="paged", dtype="float32", num_kv_heads=1, head_size=8, v_head_size=8)
+
+
+def facts(free: int = 100 * MIB, weights: int = 20 * MIB, max_position: int = 32768, **spec: object) -> Facts:
+    """A model of one layer, of which a block of one token takes 64 bytes."""
+    return Facts(
+        spec=replace(SPEC, **spec),  # type: ignore[arg-type]
+        backend_reason="named",
+        model=model(max_position),
+        layers=lambda dtype: (replace(LAYER, dtype=dtype),),
+        weight_bytes=lambda dtype: weights,
+        memory=MemoryInfo(total_bytes=2 * free, free_bytes=free, kind="measured"),
+        block_bytes=lambda layer, size: 64 * size,
+    )
+
+
+def model(max_position: int) -> ModelConfig:
+    return ModelConfig(
+        architecture="X",
+        family="x",
+        num_layers=1,
+        vocab_size=10,
+        hidden_size=8,
+        num_heads=1,
+        num_kv_heads=1,
+        head_size=8,
+        mlp_size=8,
+        norm_eps=1e-6,
+        max_position=max_position,
+        rope=RopeConfig(theta=1e4, rotary_size=8),
+        layer_kinds=("attention",),
+        dtype="bfloat16",
+    )
+
+
+def config(**options: object) -> EngineConfig:
+    return EngineConfig.of({"model": Path("m"), **options})
+
+
+def why(found: object, option: str) -> str:
+    return next(c.why for c in found.choices if c.option == option)  # type: ignore[attr-defined]
+
+
+def test_every_option_has_a_value_and_a_reason() -> None:
+    found = resolve(config(), facts())
+    assert [c.option for c in found.choices] == [f.name for f in fields(EngineConfig)]
+    assert all(c.value and c.why for c in found.choices)
+
+
+def test_the_same_options_and_facts_give_the_same_decisions() -> None:
+    assert resolve(config(), facts()) == resolve(config(), facts())
+
+
+def test_the_cache_takes_its_share_of_what_weights_leave_and_no_more_than_requests_can_use() -> None:
+    found = resolve(config(max_requests=200), facts(free=100 * MIB, weights=20 * MIB))
+    assert 0.59 * 80 * MIB < found.cache.num_bytes <= 0.6 * 80 * MIB
+    assert "80 MiB" in why(found, "kv_cache_bytes")
+    small = resolve(config(max_model_len=160, max_requests=2), facts())
+    assert small.cache.num_tokens == 320
+
+
+def test_a_budget_that_is_given_is_kept() -> None:
+    found = resolve(config(kv_cache_bytes=10 * MIB), facts())
+    assert 9.9 * MIB < found.cache.num_bytes <= 10 * MIB and why(found, "kv_cache_bytes") == "given"
+
+
+def test_the_summary_says_what_the_memory_buys() -> None:
+    found = resolve(config(max_model_len=160, max_requests=2), facts())
+    assert "20 MiB of bfloat16 weights" in found.summary()
+    assert "20 blocks of 16 = 320 tokens, 2.0 requests of 160 tokens" in found.summary()
+
+
+def test_weights_that_do_not_fit_are_refused_before_loading() -> None:
+    with pytest.raises(ConfigError, match=r"weights need 120 MiB, but the device has 100 MiB free"):
+        resolve(config(), facts(weights=120 * MIB))
+
+
+@pytest.mark.parametrize(
+    ("given", "position", "length", "reason"),
+    [
+        (None, 4096, 4096, "made for 4096 positions"),
+        (None, 32768, 8192, "usual limit"),
+        (20000, 32768, 20000, "given"),
+    ],
+)
+def test_the_length_is_the_models_within_the_usual_limit(
+    given: int | None, position: int, length: int, reason: str
+) -> None:
+    found = resolve(config(max_model_len=given), facts(max_position=position))
+    assert found.max_model_len == length and reason in why(found, "max_model_len")
+
+
+def test_a_length_that_was_not_given_is_what_memory_holds() -> None:
+    found = resolve(config(kv_cache_bytes=64 * 16 * 11), facts())
+    assert found.max_model_len == 160 and found.cache.full_requests == 1.0
+    assert "budget holds one request" in why(found, "max_model_len")
+    with pytest.raises(ConfigError, match="does not hold one request of full length"):
+        resolve(config(kv_cache_bytes=64 * 16 * 11, max_model_len=161), facts())
+    with pytest.raises(ConfigError, match="does not hold one request of full length"):
+        resolve(config(kv_cache_bytes=64), facts())
+
+
+@pytest.mark.parametrize(
+    ("limit", "length"),
+    [
+        ({"batch": BatchRules(max_rows_x_context=1000, min_decode_rows=3)}, 320),
+        ({"shapes": ShapeRules(kind="static", width_buckets=(2, 9))}, 144),
+    ],
+)
+def test_the_backends_limits_bound_the_length(limit: dict[str, object], length: int) -> None:
+    assert resolve(config(), facts(**limit)).max_model_len == length  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"max_model_len is {length + 1}, but"):
+        resolve(config(max_model_len=length + 1), facts(**limit))  # type: ignore[arg-type]
+
+
+def test_the_dtype_is_the_checkpoints_where_the_backend_computes_in_it() -> None:
+    assert resolve(config(), facts()).dtype == "bfloat16"
+    other = resolve(config(), facts(dtypes=("float16", "float32")))
+    assert other.dtype == "float16" and "bfloat16" in why(other, "dtype")
+    with pytest.raises(UnsupportedError, match="does not compute in 'float8'"):
+        resolve(config(dtype="float8"), facts())
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="no option 'max_request'; did you mean 'max_requests'"):
+        config(max_request=3)
+    with pytest.raises(ConfigError, match="no option 'zzz'; the options are model, "):
+        config(zzz=3)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_requests", 0),
+        ("block_size", 0),
+        ("max_waiting", 0),
+        ("policy", "random"),
+        ("max_batch_tokens", 5),
+    ],
+)
+def test_an_option_out_of_range_is_refused(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{option} is|max_requests is 64, but a step has 5"):
+        config(**{option: value})
+
+
+def test_python_and_the_command_line_take_every_option() -> None:
+    names = {f.name for f in fields(EngineConfig)}
+    taken = set(inspect.signature(LLM.__init__).parameters)
+    assert names <= taken
+    text = subprocess.run(
+        [sys.executable, "-c", "from core.cli import main; main()", "explain", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "200", "TERM": "dumb"},
+    ).stdout
+    for name in names - {"model", "backend_options"}:
+        assert f"--{name.replace('_', '-')}" in text, name
+    assert len(names) < 60
+
+
+def test_defaults_in_python_are_the_configurations() -> None:
+    parameters = inspect.signature(LLM.__init__).parameters
+    for f in fields(EngineConfig):
+        if f.name not in ("model", "backend_options"):
+            assert parameters[f.name].default == f.default, f.name
+
+
+def test_the_page_of_options_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/options.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_explaining_loads_nothing_and_agrees_with_a_start(tiny_folder: Callable[[str], Path]) -> None:
+    wanted = EngineConfig(
+        model=tiny_folder("llama"), backend="cpu_reference", max_model_len=64, max_requests=2
+    )
+    told: list[object] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("core.executor.rank.load_model", lambda *a, **k: pytest.fail("a weight was read"))
+        expected = explain(wanted)
+    engine = Engine(wanted, on_resolved=told.append)
+    engine.close()
+    assert told == [engine.resolution]
+    assert engine.resolution.cache == expected.cache
+
+
+def test_the_estimate_of_weights_is_what_they_take(tiny_folder: Callable[[str], Path]) -> None:
+    wanted = EngineConfig(
+        model=tiny_folder("llama"), backend="cpu_reference", dtype="float64", max_model_len=64, max_requests=2
+    )
+    engine = Engine(wanted)
+    rope = 64 * engine.model.rope.rotary_size * 8
+    assert engine.resolution.weight_bytes == engine.report.weight_bytes - rope
+    engine.close()

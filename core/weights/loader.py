@@ -137,7 +137,7 @@ def load_model(
 def weight_bytes(definition: ModelDefinition, c: ModelConfig, dtype: str, shard: Shard) -> int:
     """Device bytes of a rank's parameters, every element in `dtype`; without a backend's own padding."""
     parts = [p for leaf in leaves(definition.params(c)) if isinstance(leaf, Param) for p in leaf.parts]
-    elements = sum(prod(r.stop - r.start for r in shard.ranges(part)) for part in parts)
+    elements: int = sum(prod(r.stop - r.start for r in shard.ranges(part)) for part in parts)
     bits: int = ml_dtypes.finfo(dtype).bits
     return elements * bits // 8
 

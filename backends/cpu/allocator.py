@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -77,6 +78,15 @@ def part_shapes(layer: CacheLayerSpec, block_size: int) -> dict[str, tuple[tuple
     )
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose pages the system gives when they are first written, so a large cache costs no time.
+
+    NumPy asks the system for zeroed memory; torch would write the zeros itself.
+    """
+    flat = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(flat).view(dtype).reshape(shape)
+
+
 class CpuAllocator:
     """See `core.contract.interfaces.MemoryAllocator`. `budget_bytes` None: what the host has available."""
 
@@ -105,12 +115,12 @@ class CpuAllocator:
             for layer, g in zip(plan.layers, plan.group_of, strict=True):
                 group = plan.groups[g]
                 parts = {
-                    name: torch.zeros((group.num_blocks, *shape), dtype=torch_dtype(dtype, name))
+                    name: _zeros((group.num_blocks, *shape), torch_dtype(dtype, name))
                     for name, (shape, dtype) in part_shapes(layer, group.block_size).items()
                 }
                 caches.append(Cache(g, layer, parts))
             last = torch.zeros(plan.max_requests + 1, dtype=torch.int32)
-        except RuntimeError as error:  # torch's allocator has no type of its own
+        except (RuntimeError, MemoryError) as error:  # torch's allocator has no type of its own
             self._used -= wanted
             raise OutOfMemoryError("the cache", wanted, self._free()) from error
         return State(tuple(caches), last)

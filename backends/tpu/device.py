@@ -30,8 +30,13 @@ def device_errors(what: str, wanted_bytes: int = 0) -> Iterator[None]:
         raise DeviceError(f"{what} failed on the device: {error}") from error
 
 
+_HOST_BYTES = 8 * 2**30
+"""Memory of the host that is offered as a device's: jax fills an array when it makes it, so what is offered, and
+then taken for a cache, costs time at every start."""
+
+
 def _host_memory() -> MemoryInfo:
-    """The machine's memory, which is the device's on jax's CPU platform."""
+    """A part of the machine's memory, which is the device's on jax's CPU platform."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError as error:
@@ -39,7 +44,8 @@ def _host_memory() -> MemoryInfo:
             "the host's memory cannot be read from /proc/meminfo; give a memory budget in bytes"
         ) from error
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
-    return MemoryInfo(total_bytes=sizes["MemTotal"], free_bytes=sizes["MemAvailable"], kind="measured")
+    total, free = (min(sizes[name], _HOST_BYTES) for name in ("MemTotal", "MemAvailable"))
+    return MemoryInfo(total_bytes=total, free_bytes=free, kind="declared")
 
 
 class TpuDevice:
@@ -54,7 +60,8 @@ class TpuDevice:
             name=f"{handle.device_kind} (jax {handle.platform} platform)",
             driver=f"jax {jax.__version__}",
         )
-        self._info = replace(info, memory_bytes=self.memory().total_bytes, memory_kind="measured")
+        memory = self.memory()
+        self._info = replace(info, memory_bytes=memory.total_bytes, memory_kind=memory.kind)
 
     @property
     def info(self) -> DeviceInfo:

@@ -31,8 +31,8 @@ def device_errors(what: str, wanted_bytes: int = 0) -> Iterator[None]:
 
 
 _HOST_BYTES = 8 * 2**30
-"""Memory of the host that is offered as a device's. jax fills an array when it makes it, so a cache that takes
-all of the host's would cost a minute at every start."""
+"""Memory of the host that is offered as a device's. jax fills an array when it makes it, so a cache in all of
+the host's would cost a minute at every start."""
 
 
 def _host_memory() -> MemoryInfo:

@@ -22,7 +22,9 @@ CACHE = EnvVar("CORE_CACHE", "~/.cache/core", "folder for downloaded models and 
 DEBUG = EnvVar("CORE_DEBUG", "0", "0 quiet, 1 decisions, 2 hook calls, 3 every step's batch and result")
 DISABLE = EnvVar("CORE_DISABLE_PLUGINS", "", "names of plugins that are not loaded, separated by commas")
 
-TABLE = (CACHE, DEBUG, DISABLE)
+API_KEY = EnvVar("CORE_API_KEY", "", "API key of the server where --api-key is not given")
+
+TABLE = (API_KEY, CACHE, DEBUG, DISABLE)
 
 
 def _read(variable: EnvVar) -> str:
@@ -44,6 +46,11 @@ def debug_level() -> int:
     if text not in ("0", "1", "2", "3"):
         raise ConfigError(f"{DEBUG.name} is {text!r}; set it to 0, 1, 2 or 3")
     return int(text)
+
+
+def api_key() -> str | None:
+    """The key that clients must send; None = anyone may ask."""
+    return _read(API_KEY) or None
 
 
 def disabled_plugins() -> frozenset[str]:

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from core.cli.options import engine_config, print_choices, with_engine_options
+from core.cli.bench import bench
+from core.cli.options import engine_config, print_choices, with_engine_options, with_options
 from core.contract.errors import CoreError
+from core.server.config import ServerConfig
 
 app = typer.Typer(
     name="core",
@@ -21,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+app.add_typer(bench, name="bench")
 
 Options = dict[str, Any]
 _INDENT = " " * 12
@@ -132,13 +136,61 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 
 @app.command()
+@with_options(ServerConfig, "server")
+@with_engine_options
+def serve(
+    model: Annotated[str, typer.Argument(help="Folder, .gguf file, or `sample`.")],
+    options: Options,
+    server: Options,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print what every option comes to, and end.")
+    ] = False,
+) -> None:
+    """Serve a model over HTTP, as the OpenAI API has it, until SIGINT or SIGTERM."""
+    from core.engine.engine import explain as resolve_only
+    from core.env import api_key
+
+    config = ServerConfig(**{**server, "api_key": server["api_key"] or api_key()})
+    if explain:
+        print_choices(resolve_only(engine_config(model, options)))
+        return
+    from core.server.run import bind
+    from core.server.run import serve as run
+
+    with bind(config) as listener:
+        run(engine_config(model, options), config, listener, tell=typer.echo)
+
+
+@app.command()
+@with_engine_options
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder, .gguf file, or `sample`.")],
+    options: Options,
+    system: Annotated[str, typer.Option(help="What the model is told first.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Tokens per answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Probability mass to draw from.")] = 0.95,
+) -> None:
+    """Talk with a model in the terminal; an empty line or the end of input ends it."""
+    from core.cli.chat import talk
+    from core.sampling.params import SamplingParams
+
+    talk(
+        model,
+        options,
+        system,
+        SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p),
+    )
+
+
+@app.command()
 @with_engine_options
 def demo(
     options: Options,
     model: Annotated[str, typer.Argument(help="Folder, .gguf file, or `sample`.")] = "sample",
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer at most.")] = 64,
 ) -> None:
-    """Answer eight prompts at once and show every stream as it grows."""
+    """Serve on loopback, send eight chats at once, and show every stream as it grows."""
     from core.cli.demo import run
 
     run(model, options, max_tokens=max_tokens)

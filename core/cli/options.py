@@ -1,4 +1,4 @@
-"""The engine's options on the command line: one per field of `EngineConfig`, made from it."""
+"""Options on the command line: one per field of a configuration record, made from it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,25 @@ _PAIRS = "backend_options"
 
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command every engine option but the model; it takes them as the mapping `options`."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
-    hints = get_type_hints(EngineConfig)
-    added = [_parameter(f, hints[f.name]) for f in fields(EngineConfig) if f.name != "model"]
+    return with_options(EngineConfig, "options")(command)
+
+
+def with_options(record: type[Any], name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option per field of a record (but `model`); it takes them as the mapping `name`."""
+    return functools.partial(_with_options, record, name)
+
+
+def _with_options(record: type[Any], name: str, command: Callable[..., None]) -> Callable[..., None]:
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != name]
+    hints = get_type_hints(record)
+    added = [_parameter(f, hints[f.name]) for f in fields(record) if f.name != "model"]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
         options = {p.name: values.pop(p.name) for p in added}
-        options[_PAIRS] = _pairs(options[_PAIRS])
-        command(**values, options=options)
+        if _PAIRS in options:
+            options[_PAIRS] = _pairs(options[_PAIRS])
+        command(**values, **{name: options})
 
     parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *added]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

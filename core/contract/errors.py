@@ -37,6 +37,10 @@ class RequestError(CoreError):
     """One request is at fault (too long, bad parameter, deadline passed). Nothing else is affected."""
 
 
+class QueueFullError(RequestError):
+    """As many requests wait as are allowed. The same request may be taken later."""
+
+
 class DeviceError(CoreError):
     """One worker or device failed. The engine may restart it; requests are kept."""
 

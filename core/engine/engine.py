@@ -19,6 +19,7 @@ from core.contract.batch import StepLayout
 from core.contract.errors import EngineDead, RequestError, UnsupportedError
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget, block_groups, check_layers
+from core.engine.metrics import EngineMetrics
 from core.engine.resolve import Resolution, choose_dtype
 from core.engine.trace import StepTrace, decision
 from core.env import debug_level
@@ -33,22 +34,6 @@ from core.sampling.params import SamplingParams
 from core.scheduler import Event, Request, Scheduler, SchedulerConfig
 from core.weights.checkpoint import open_checkpoint
 from core.weights.loader import Progress, check_checkpoint
-
-
-@dataclass(frozen=True)
-class EngineMetrics:
-    """Figures of now and totals since the start."""
-
-    num_running: int
-    num_waiting: int
-    steps: int
-    scheduled_tokens: int
-    cached_tokens: int
-    preemptions: int
-    blocks_total: int
-    blocks_used: int
-    blocks_shared: int
-    blocks_cached: int
 
 
 @dataclass(frozen=True)
@@ -228,6 +213,10 @@ class Engine:
         """End a request; False where it is not running or waiting."""
         return self.scheduler.abort(request_id)
 
+    def end_choice(self, request_id: str, choice: int) -> None:
+        """End one continuation because its text reached a stop text: its reason is "stop"."""
+        self.scheduler.finish_choice(request_id, choice, "stop")
+
     @property
     def has_work(self) -> bool:
         """Whether `step` would do or report anything."""
@@ -281,6 +270,11 @@ class Engine:
             blocks_used=blocks.used,
             blocks_shared=blocks.shared,
             blocks_cached=blocks.cached,
+            prefix_query_tokens=blocks.query_tokens,
+            prefix_hit_tokens=blocks.hit_tokens,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            finished=dict(counters.finished),
         )
 
     def close(self) -> None:

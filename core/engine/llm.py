@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from core.engine.config import EngineConfig
 from core.engine.engine import Engine
 from core.engine.outputs import RequestOutput
 from core.engine.resolve import Resolution
-from core.engine.stream import RequestStream
+from core.engine.stream import RequestStream, stream_event
 from core.env import cache_dir
 from core.sampling.params import SamplingParams
 from core.tokenizer import apply_chat_template, load_tokenizer
@@ -159,7 +160,7 @@ class LLM:
                 for event in self.engine.step():
                     stream = live.get(event.sequence.request.request_id)
                     if stream is not None:
-                        stream.take(event, self.engine)
+                        stream.take(stream_event(event))
                         changed[stream.request_id] = stream
                 for stream in changed.values():
                     output = stream.output()
@@ -177,7 +178,8 @@ class LLM:
                 text = prompt if isinstance(prompt, str) else None
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
                 request = self.engine.add(f"request-{next(self._ids)}", ids, one)
-                added.append(RequestStream(request, text, self.tokenizer, time.monotonic))
+                end = partial(self.engine.end_choice, request.request_id)
+                added.append(RequestStream(request, text, self.tokenizer, time.monotonic, end))
         except BaseException:
             for stream in added:
                 self.engine.abort(stream.request_id)

@@ -19,6 +19,15 @@ class RequestMetrics:
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """Log-probability of one token at one position; rank 1 = the most likely."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True)
 class CompletionOutput:
     """One continuation.
 
@@ -32,6 +41,7 @@ class CompletionOutput:
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    logprobs: tuple[dict[int, Logprob], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,3 +60,4 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int
     metrics: RequestMetrics
+    prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None

@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-from core.engine.engine import Engine
 from core.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from core.scheduler import Event, Request
 from core.tokenizer import IncrementalDetokenizer, Tokenizer
+
+
+class StreamEvent(NamedTuple):
+    """What a stream is told of one continuation: a new token (-1 = none), or its end. Plain values, so that
+    it can cross to another process.
+
+    Attributes:
+        choice: index among the request's continuations.
+        cached_tokens: prompt tokens found in the prefix cache.
+        finish_reason: None while it runs. stop_reason: the id that ended it.
+        num_preemptions: so far.
+    """
+
+    request_id: str
+    choice: int
+    token: int
+    cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    num_preemptions: int = 0
+
+
+def stream_event(event: Event) -> StreamEvent:
+    """The part of a scheduler's event that streams need."""
+    s = event.sequence
+    if not event.finished:
+        return StreamEvent(s.request.request_id, s.choice, event.token, s.cached_tokens)
+    return StreamEvent(
+        s.request.request_id,
+        s.choice,
+        event.token,
+        s.cached_tokens,
+        s.finish_reason,
+        s.stop_reason,
+        s.num_preemptions,
+    )
 
 
 class _Choice:
@@ -57,15 +93,26 @@ class _Choice:
 
 
 class RequestStream:
-    """Collects the events of one request."""
+    """Collects the events of one request.
+
+    Args:
+        prompt: the text, or None where ids were given. clock: seconds.
+        end: called with a continuation's index when its text reached a stop text; ends it in the engine.
+    """
 
     def __init__(
-        self, request: Request, prompt: str | None, tokenizer: Tokenizer, clock: Callable[[], float]
+        self,
+        request: Request,
+        prompt: str | None,
+        tokenizer: Tokenizer,
+        clock: Callable[[], float],
+        end: Callable[[int], None],
     ) -> None:
         self.request = request
         self._prompt = prompt
         self._choices = [_Choice(tokenizer, request) for _ in range(request.params.n)]
         self._clock = clock
+        self._end = end
         self._start = clock()
         self._first_token_s: float | None = None
         self._total_s: float | None = None
@@ -77,11 +124,15 @@ class RequestStream:
         """The request's id."""
         return self.request.request_id
 
-    def take(self, event: Event, engine: Engine) -> None:
-        """Take an event of this request. A stop text ends the sequence in the engine."""
-        sequence = event.sequence
-        choice = self._choices[sequence.choice]
-        self._cached = max(self._cached, sequence.cached_tokens)
+    @property
+    def finished(self) -> bool:
+        """Whether every continuation has ended."""
+        return all(c.finish_reason is not None for c in self._choices)
+
+    def take(self, event: StreamEvent) -> None:
+        """Take an event of this request. What comes after a continuation's end is dropped."""
+        choice = self._choices[event.choice]
+        self._cached = max(self._cached, event.cached_tokens)
         if choice.finish_reason is not None:
             return
         if event.token >= 0:
@@ -90,12 +141,12 @@ class RequestStream:
             stop = choice.add(event.token)
             if stop is not None:
                 choice.stop_reason = stop
-                engine.scheduler.finish(sequence, "stop")
+                self._end(event.choice)
                 choice.finish("stop", None)
-        if event.finished:
-            self._preemptions += sequence.num_preemptions
-            choice.finish(sequence.finish_reason, sequence.stop_reason)
-        if all(c.finish_reason for c in self._choices) and self._total_s is None:
+        if event.finish_reason is not None:
+            self._preemptions += event.num_preemptions
+            choice.finish(event.finish_reason, event.stop_reason)
+        if self.finished and self._total_s is None:
             self._total_s = self._clock() - self._start
 
     def output(self) -> RequestOutput:
@@ -108,7 +159,7 @@ class RequestStream:
                 CompletionOutput(i, c.text, tuple(c.ids), c.finish_reason, c.stop_reason)
                 for i, c in enumerate(self._choices)
             ),
-            finished=all(c.finish_reason is not None for c in self._choices),
+            finished=self.finished,
             num_cached_tokens=self._cached,
             metrics=RequestMetrics(self._first_token_s, self._total_s, self._preemptions),
         )

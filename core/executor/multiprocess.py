@@ -1,6 +1,6 @@
 """A process per rank. Commands and results are msgpack bytes over pipes; every rank gets every step.
 
-A worker process answers each command with ("ok", value) or ("error", kind, sentence, traceback). The first
+A worker process answers each command with ("ok", value) or ("error", Failure). The first
 failure of any rank ends all of them and is raised in the engine with the rank's own sentence.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
-import traceback
 from collections.abc import Sequence
 from contextlib import closing
 from multiprocessing.connection import Connection
@@ -18,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from core.block_manager import BlockCopy
-from core.contract import errors
 from core.contract.batch import Int32, StepBatch, StepLayout
-from core.contract.errors import CoreError, DeviceError
+from core.contract.errors import DeviceError
 from core.contract.types import Bucket, SampledTokens, SamplingBatch
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget
 from core.engine.resolve import Resolution
+from core.executor.failure import Failure
 from core.executor.rank import Executor, RankPlace, RankReport, RankWorker
 from core.executor.wire import decode, encode
 from core.plugins import BackendHandle, Plugins
@@ -123,15 +122,9 @@ class MultiprocessExecutor(Executor):
             raise self._fail(rank, f"ended without an answer (exit status {code})") from error
         if answer[0] == "ok":
             return answer[1]
-        _, kind, sentence, trace = answer
-        known = getattr(errors, kind, None)
-        is_plain = (
-            isinstance(known, type) and issubclass(known, CoreError) and known is not errors.OutOfMemoryError
-        )
-        failure: CoreError = known(sentence) if is_plain else DeviceError(sentence)  # type: ignore[misc]
-        failure.add_note(f"in rank {rank}:\n{trace}")
+        failure: Failure = answer[1]
         self._kill()
-        raise failure
+        raise failure.error(DeviceError)
 
     def _fail(self, rank: int, what: str) -> DeviceError:
         self._kill()
@@ -163,8 +156,7 @@ def _worker_main(pipe: Connection, setup: bytes) -> None:
             worker = worker or _Worker(setup)
             result = getattr(worker, f"do_{command}")(*arguments)
         except Exception as error:
-            sentence = str(error) if isinstance(error, CoreError) else f"{type(error).__name__}: {error}"
-            pipe.send_bytes(encode(("error", type(error).__name__, sentence, traceback.format_exc())))
+            pipe.send_bytes(encode(("error", Failure.of(error, multiprocessing.current_process().name))))
             continue
         if command != "submit":
             pipe.send_bytes(encode(("ok", result)))

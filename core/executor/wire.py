@@ -1,5 +1,6 @@
-"""Records over a pipe: msgpack of plain values, arrays, and the dataclasses in a fixed table. Nothing is
-pickled.
+"""Records between processes: msgpack of plain values, arrays, and the dataclasses in a fixed table.
+
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from core.contract.types import (
 )
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget
+from core.engine.messages import MESSAGES
+from core.engine.metrics import EngineMetrics
 from core.engine.resolve import Choice, Resolution
+from core.executor.failure import Failure
 from core.executor.rank import RankPlace, RankReport
+from core.sampling.params import SamplingParams
 
 _RECORDS: Mapping[str, type[Any]] = {
     record.__name__: record
@@ -39,13 +44,17 @@ _RECORDS: Mapping[str, type[Any]] = {
         CachePlan,
         Choice,
         EngineConfig,
+        EngineMetrics,
+        Failure,
         Outputs,
         RankPlace,
         RankReport,
         Resolution,
         SampledTokens,
         SamplingBatch,
+        SamplingParams,
         StatePart,
+        *MESSAGES,
     )
 }
 
@@ -61,7 +70,7 @@ def encode(value: Any) -> bytes:
 
 
 def decode(message: bytes | memoryview) -> Any:
-    """The value of a message; sequences come back as tuples."""
+    """The value of a message; sequences come back as tuples. Whatever is not such a message raises."""
     return msgpack.unpackb(message, object_hook=_decode, use_list=False, strict_map_key=False)
 
 
@@ -70,6 +79,8 @@ def _encode(value: Any) -> Any:
         return list(value)
     if isinstance(value, np.ndarray):
         return {"~array": [value.dtype.str, list(value.shape), value.tobytes()]}
+    if isinstance(value, Mapping):
+        return dict(value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, Path):

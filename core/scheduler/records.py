@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from core.contract.batch import Int32
@@ -50,10 +50,18 @@ class InFlight:
 
 @dataclass
 class Counters:
-    """Totals since the start."""
+    """Totals since the start.
+
+    Attributes:
+        cached_tokens: prompt tokens found in the prefix cache. prompt_tokens: of all requests queued.
+        generated_tokens: accepted ones. finished: sequences by the reason of their end.
+    """
 
     preemptions: int = 0
     scheduled_tokens: int = 0
     steps: int = 0
     cached_tokens: int = 0
     surplus_tokens: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)

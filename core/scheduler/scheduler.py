@@ -24,7 +24,7 @@ import numpy as np
 
 from core.block_manager import BlockManager
 from core.contract.batch import Int32
-from core.contract.errors import ConfigError, RequestError
+from core.contract.errors import ConfigError, QueueFullError, RequestError
 from core.contract.spec import BatchRules
 from core.scheduler.plan import Checkpoint, PrefillRow, StepPlan
 from core.scheduler.records import Counters, Event, InFlight, SchedulerConfig
@@ -98,11 +98,12 @@ class Scheduler:
         """Queue a request; its `n` sequences, the first of which computes the prompt for all.
 
         Raises:
-            RequestError: too long, too many choices, an id in use, or the queue is full. Nothing was queued.
+            RequestError: too long, too many choices, or an id in use. QueueFullError. Nothing was queued.
         """
         self._check_request(request)
         priority = request.priority if self.config.policy == "priority" else 0
         self._arrivals += 1
+        self.counters.prompt_tokens += len(request.prompt_ids)
         sequences = [Sequence(request, i, (priority, self._arrivals, i)) for i in range(request.params.n)]
         sequences[0].forks = sequences[1:]
         self._requests[request.request_id] = sequences
@@ -125,7 +126,7 @@ class Scheduler:
                 f"n is {request.params.n}, but at most {self._max_rows} sequences run at once; lower n"
             )
         if self.config.max_waiting is not None and len(self._waiting) >= self.config.max_waiting:
-            raise RequestError(
+            raise QueueFullError(
                 f"{len(self._waiting)} requests are waiting, the most allowed; try again later"
             )
         if not self._fits(self._limit(request)):
@@ -159,6 +160,12 @@ class Scheduler:
             self.finish(sequence, "abort")
         return sequences is not None
 
+    def finish_choice(self, request_id: str, choice: int, reason: str) -> None:
+        """End one continuation of a request; nothing where either is not known (any more)."""
+        for sequence in self._requests.get(request_id, ()):
+            if sequence.choice == choice:
+                self.finish(sequence, reason)
+
     def finish(self, sequence: Sequence, reason: str, stop: int | None = None) -> None:
         """End a sequence now, wherever it is. What it has in flight emits nothing and caches nothing."""
         if sequence.status is Status.FINISHED:
@@ -170,6 +177,7 @@ class Scheduler:
             self._release(sequence)
         sequence.status = Status.FINISHED
         sequence.finish_reason, sequence.stop_reason = reason, stop
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
         self._events.append(Event(sequence, -1, True))
         live = [s for s in self._requests[sequence.request.request_id] if s.status is not Status.FINISHED]
         if not live:
@@ -531,6 +539,7 @@ class Scheduler:
 
     def _accept(self, sequence: Sequence, token: int) -> None:
         sequence.output_ids.append(token)
+        self.counters.generated_tokens += 1
         self._events.append(Event(sequence, token, False))
         params = sequence.request.params
         is_eos = token in sequence.request.eos_ids and not params.ignore_eos

@@ -1,0 +1,38 @@
+"""ServerConfig: the options of the server beside the engine's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from core.contract.errors import ConfigError
+from core.engine.config import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Options of the HTTP server."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 = every one of this machine")
+    port: int = option(8000, "port to listen on; 0 = any that is free")
+    api_key: str | None = option(None, "clients must send it as a bearer token", "everyone may ask")
+    served_model_name: str | None = option(None, "the model's name in the API", "its folder's or file's name")
+    request_timeout_s: float | None = option(
+        None, "a request is ended after this many seconds", "when it is done"
+    )
+    drain_timeout_s: float = option(
+        60.0, "seconds that running requests have to end after SIGTERM before they are cut off"
+    )
+    max_body_bytes: int = option(16 * 2**20, "a larger request body is refused, in bytes")
+    max_prompts: int = field(
+        default=1024,
+        metadata={"meaning": "prompts in one completion request at most", "otherwise": ""},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port is {self.port}; it must be 0 to 65535")
+        if self.api_key is not None and not self.api_key:
+            raise ConfigError("api_key is empty; leave it out, or set a key")
+        for name in ("drain_timeout_s", "max_body_bytes", "max_prompts"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0")

@@ -1,0 +1,248 @@
+"""The answers of the API, whole and streamed, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import Connect
+from tests.server.fake import FakeEngine
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def post(client: httpx.AsyncClient, path: str, **body: Any) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with client:
+            return await client.post(path, json=body)
+
+    return asyncio.run(ask())
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The events of a stream, in order; it must end as streams end."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_completion_has_text_reason_and_usage(connect: Connect) -> None:
+    answer = post(connect(), "/v1/completions", model="fake", prompt="xyz", max_tokens=4).json()
+    assert answer["object"] == "text_completion" and answer["model"] == "fake"
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["index"]) == ("abcd", "length", 0)
+    assert answer["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [("ab", ["ab"]), ([97, 98], [[97, 98]]), (["a", "b"], ["a", "b"]), ([[97], [98, 99]], [[97], [98, 99]])],
+)
+def test_every_form_of_prompt_is_taken_and_choices_are_numbered_through(
+    connect: Connect, prompt: Any, asked: list[Any]
+) -> None:
+    engine = FakeEngine()
+    answer = post(connect(engine), "/v1/completions", prompt=prompt, n=2).json()
+    assert sorted(str(a[0]) for a in engine.asked) == sorted(map(str, asked))
+    assert [c["index"] for c in answer["choices"]] == list(range(2 * len(asked)))
+
+
+def test_a_stream_of_completions_adds_up_to_the_whole_answer(connect: Connect) -> None:
+    body = {"prompt": ["x", "y"], "n": 2, "stream": True, "stream_options": {"include_usage": True}}
+    found = events(post(connect(), "/v1/completions", **body))
+    texts = ["", "", "", ""]
+    for event in found[:-1]:
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == ["abcdef"] * 4
+    assert found[-1]["choices"] == [] and found[-1]["usage"]["completion_tokens"] == 24
+
+
+def test_a_chat_is_rendered_with_the_models_template(connect: Connect) -> None:
+    engine = FakeEngine()
+    answer = post(connect(engine), "/v1/chat/completions", **CHAT, max_completion_tokens=3).json()
+    assert "".join(map(chr, engine.asked[0][0])) == "<user>hi<assistant>"  # type: ignore[arg-type]
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "abc"}
+    parts = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}
+        ]
+    }
+    post(connect(engine), "/v1/chat/completions", **parts)
+    assert engine.asked[1][0] == engine.asked[0][0]
+
+
+def test_a_streamed_chat_begins_with_the_role_and_ends_with_the_reason(connect: Connect) -> None:
+    found = events(post(connect(), "/v1/chat/completions", **CHAT, stream=True, max_tokens=3))
+    choices = [event["choices"][0] for event in found]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert [c["delta"].get("content", "") for c in choices[1:]] == ["a", "b", "c"]
+    assert [c["finish_reason"] for c in choices] == [None, None, None, "length"]
+
+
+def test_what_may_become_a_stop_text_is_not_sent_before_it_is_certain(connect: Connect) -> None:
+    engine = FakeEngine(reply="abENxENDy")
+    found = events(
+        post(connect(engine), "/v1/completions", prompt="x", stop="END", max_tokens=20, stream=True)
+    )
+    sent = [event["choices"][0]["text"] for event in found]
+    assert "".join(sent) == "abENx"
+    assert sent[:3] == ["a", "b", "ENx"] or "E" not in sent[2:3]
+    assert found[-1]["choices"][0]["stop_reason"] == "END"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        (
+            "/v1/completions",
+            {"prompt": "x", "temperatur": 1},
+            400,
+            "no field 'temperatur'; did you mean 'temperature'",
+        ),
+        ("/v1/completions", {}, 400, "the field 'prompt' is missing"),
+        ("/v1/completions", {"prompt": "x", "temperature": -1}, 400, "temperature is -1"),
+        ("/v1/completions", {"prompt": "x", "temperature": "hot"}, 400, "temperature"),
+        ("/v1/completions", {"prompt": []}, 400, "prompt is empty"),
+        ("/v1/completions", {"prompt": "x" * 600}, 400, "the prompt has 600 tokens"),
+        ("/v1/completions", {"prompt": ["x"] * 5}, 400, "5 prompts were given"),
+        ("/v1/completions", {"prompt": "x", "best_of": 3}, 400, "best_of is 3"),
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, 400, "suffix is not supported"),
+        ("/v1/completions", {"prompt": "x", "model": "other"}, 404, "no model 'other' here"),
+        ("/v1/completions", {"prompt": "x" * 5000}, 413, "larger than 4000 bytes"),
+        ("/v1/chat/completions", {"messages": []}, 400, "messages"),
+        ("/v1/chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs needs logprobs"),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "response_format": {"type": "json_object"}},
+            400,
+            "'json_object' is not",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "content of type 'image_url'",
+        ),
+        ("/v1/nothing", {}, 404, "Not Found"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_request_gets_its_status_and_one_sentence(
+    connect: Connect, path: str, body: dict[str, Any], status: int, words: str, stream: bool
+) -> None:
+    engine = FakeEngine()
+    answer = post(connect(engine, max_prompts=4, max_body_bytes=4000), path, **body, stream=stream)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert words in error["message"] and error["type"] == "invalid_request_error"
+    assert not engine.live
+
+
+def test_a_body_that_is_no_json_is_refused(connect: Connect) -> None:
+    async def ask() -> httpx.Response:
+        async with connect() as client:
+            headers = {"content-type": "application/json"}
+            return await client.post("/v1/completions", content=b"{", headers=headers)
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the body is not JSON")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_queue_answers_429(connect: Connect, stream: bool) -> None:
+    answer = post(connect(FakeEngine(limit=0)), "/v1/completions", prompt="x", stream=stream)
+    assert answer.status_code == 429 and "try again later" in answer.json()["error"]["message"]
+
+
+def test_a_dead_engine_answers_503_with_its_cause(connect: Connect) -> None:
+    engine = FakeEngine(error_after=0)
+    answer = post(connect(engine), "/v1/completions", prompt="x")
+    assert answer.status_code == 503 and "the device burnt" in answer.json()["error"]["message"]
+
+    async def health() -> httpx.Response:
+        async with connect(engine) as client:
+            return await client.get("/health")
+
+    found = asyncio.run(health())
+    assert found.status_code == 503 and "the device burnt" in found.text
+
+
+def test_a_stream_that_fails_later_ends_with_the_error(connect: Connect) -> None:
+    answer = post(connect(FakeEngine(error_after=2)), "/v1/completions", prompt="x", stream=True)
+    last = json.loads([line for line in answer.text.split("\n\n") if line][-1].removeprefix("data: "))
+    assert "the device burnt" in last["error"]["message"]
+    assert answer.text.count('"text":"') == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "status"), [(None, 401), ("Bearer wrong", 401), ("key", 401), ("Bearer key", 200)]
+)
+def test_the_api_key_guards_the_api_and_nothing_else(
+    connect: Connect, given: str | None, status: int
+) -> None:
+    async def ask() -> list[int]:
+        headers = {} if given is None else {"authorization": given}
+        async with connect(api_key="key") as client:
+            answers = [
+                await client.get(path, headers=headers) for path in ("/v1/models", "/health", "/metrics")
+            ]
+            return [a.status_code for a in answers]
+
+    assert asyncio.run(ask()) == [status, 200, 200]
+
+
+def test_models_and_metrics_tell_the_model_and_its_figures(connect: Connect) -> None:
+    async def ask() -> tuple[Any, str]:
+        async with connect() as client:
+            await client.post("/v1/completions", json={"prompt": "xyz", "max_tokens": 4})
+            return (await client.get("/v1/models")).json(), (await client.get("/metrics")).text
+
+    models, metrics = asyncio.run(ask())
+    assert models["data"][0]["id"] == "fake" and models["data"][0]["max_model_len"] == 512
+    assert 'core_kv_cache_usage_ratio{model_name="fake"} 0.25' in metrics
+    assert 'core_prompt_tokens_total{model_name="fake"} 3.0' in metrics
+    assert 'core_generation_tokens_total{model_name="fake"} 4.0' in metrics
+    assert 'core_request_finished_total{finished_reason="length",model_name="fake"} 1.0' in metrics
+    assert 'core_time_to_first_token_seconds_bucket{le="0.1",model_name="fake"} 1.0' in metrics
+
+
+def test_a_request_that_fails_ends_the_other_prompts_of_its_job(connect: Connect) -> None:
+    engine = FakeEngine(pause=0.01)
+    answer = post(connect(engine), "/v1/completions", prompt=["x", "y" * 600])
+    assert answer.status_code == 400 and not engine.live
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", 0.5),
+        ("repetition_penalty", 1.2),
+        ("logit_bias", {"5": 1.0}),
+        ("allowed_token_ids", [5]),
+        ("bad_words", ["x"]),
+        ("logprobs", 1),
+        ("prompt_logprobs", 1),
+        ("min_tokens", 2),
+        ("include_stop_str_in_output", True),
+    ],
+)
+def test_a_parameter_that_the_engine_does_not_have_is_refused_and_not_ignored(
+    connect: Connect, field: str, value: Any
+) -> None:
+    engine = FakeEngine()
+    answer = post(connect(engine), "/v1/completions", prompt="x", **{field: value})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == f"{field} is not supported by this engine; leave it out"
+    assert not engine.asked

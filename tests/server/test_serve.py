@@ -1,0 +1,282 @@
+"""`core serve` as a process: sockets, the official client, clients that leave, ends of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from core.server.client import Client
+from tests.tokenizer.small import byte_level, write_folder
+
+LONG = 30_000
+COMMAND = [sys.executable, "-c", "from core.cli import main; main()", "serve"]
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model for many positions, with a tokenizer and a chat template."""
+    path = tmp_path_factory.mktemp("served") / "tiny"
+    shutil.copytree(tiny_folder("llama"), path)
+    write_folder(path, byte_level())
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": LONG}))
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+class Server:
+    """A server's process and its address."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+        self.process = process
+        self.url = url
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait; the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+@contextmanager
+def serving(folder: Path, *options: str) -> Iterator[Server]:
+    """A server of the null backend on a free port."""
+    arguments = [str(folder), "--backend", "null", "--dtype", "float32", "--port", "0"]
+    arguments += [
+        "--max-model-len",
+        str(LONG),
+        "--num-blocks",
+        "8000",
+        "--backend-option",
+        f"memory={1 << 30}",
+    ]
+    process = subprocess.Popen([*COMMAND, *arguments, *options], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = ""
+        for line in process.stdout:
+            if line.startswith("serving "):
+                url = line.split()[-1]
+                break
+        assert url, f"the server ended with status {process.wait()}"
+        yield Server(process, url)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    with serving(folder, "--max-requests", "64", "--served-model-name", "tiny") as found:
+        yield found
+
+
+def run(body: Awaitable[None]) -> None:
+    async def within() -> None:
+        async with asyncio.timeout(60):
+            await body
+
+    asyncio.run(within())
+
+
+async def figures(server: Server) -> dict[str, float]:
+    async with Client(server.url) as client:
+        return await client.metrics()
+
+
+def test_the_official_client_streams_64_concurrent_chats(server: Server) -> None:
+    async def body() -> None:
+        async with openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
+
+            async def chat(i: int) -> tuple[str, str | None, int]:
+                text, reason, tokens = "", None, 0
+                stream = await client.chat.completions.create(
+                    model="tiny",
+                    messages=[{"role": "user", "content": "a b c " * (1 + i % 9)}],
+                    max_tokens=20,
+                    stream=True,
+                    stream_options={"include_usage": True},
+                    extra_body={"ignore_eos": True},
+                )
+                async for chunk in stream:
+                    if chunk.usage is not None:
+                        tokens = chunk.usage.completion_tokens
+                    for choice in chunk.choices:
+                        text += choice.delta.content or ""
+                        reason = choice.finish_reason or reason
+                return text, reason, tokens
+
+            found = await asyncio.gather(*map(chat, range(64)))
+            whole = await client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": "a b c "}],
+                max_tokens=20,
+                extra_body={"ignore_eos": True},
+            )
+        assert {(reason, tokens) for _, reason, tokens in found} == {("length", 20)}
+        assert found[0][0] == whole.choices[0].message.content != ""
+
+    run(body())
+
+
+def test_the_official_client_gets_typed_errors(server: Server) -> None:
+    client = openai.OpenAI(base_url=server.url, api_key="none", max_retries=0)
+    with pytest.raises(openai.BadRequestError, match="temperature is -1"):
+        client.completions.create(model="tiny", prompt="x", temperature=-1)
+    with pytest.raises(openai.NotFoundError, match="no model 'other'"):
+        client.completions.create(model="other", prompt="x")
+    assert [m.id for m in client.models.list()] == ["tiny"]
+    client.close()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_blocks_of_a_client_that_left_are_free_within_two_steps(server: Server, stream: bool) -> None:
+    async def body() -> None:
+        async with httpx.AsyncClient(base_url=server.url.removesuffix("/v1")) as client:
+            request = {"prompt": "a b c", "max_tokens": LONG - 100, "ignore_eos": True, "stream": stream}
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(_ask(client, request))
+                while (await figures(server)).get("core_kv_blocks_used", 0) < 5:
+                    await asyncio.sleep(0.01)
+                task.cancel()
+            async with asyncio.timeout(5):
+                while (now := await figures(server))["core_kv_blocks_used"] or now[
+                    "core_num_requests_running"
+                ]:
+                    await asyncio.sleep(0.01)
+
+    run(body())
+
+
+async def _ask(client: httpx.AsyncClient, request: dict[str, object]) -> None:
+    async with client.stream("POST", "/v1/completions", json=request, timeout=60) as response:
+        async for _ in response.aiter_bytes():
+            pass
+
+
+def test_a_second_server_on_the_port_fails_within_a_second_and_before_it_loads(
+    server: Server, folder: Path
+) -> None:
+    port = server.url.removesuffix("/v1").rsplit(":", 1)[1]
+    # Python's own start is no part of what is bounded.
+    code = (
+        "import sys, time\nfrom core.cli import main\nimport core.server.run\nstart = time.monotonic()\n"
+        "try:\n    main()\nfinally:\n    print('took', time.monotonic() - start)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "serve", str(folder), "--backend", "null", "--port", port],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr and "loading" not in done.stdout
+    assert float(done.stdout.split()[-1]) < 1.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_running_requests_finish_and_then_ends_everything(folder: Path, number: int) -> None:
+    with serving(folder) as server:
+
+        async def body() -> None:
+            async with Client(server.url, timeout_s=60) as client:
+                request = {"prompt": "a b c", "max_tokens": 3000, "ignore_eos": True}
+                task = asyncio.create_task(client.ask("/v1/completions", request))
+                while not (await client.metrics())["core_num_requests_running"]:
+                    await asyncio.sleep(0.005)
+                server.process.send_signal(number)
+                answer = await task
+                assert answer.completion_tokens == 3000 and answer.finish_reason == "length"
+
+        run(body())
+        assert server.process.wait(30) == 0
+        with pytest.raises(OSError), socket.create_connection(("127.0.0.1", int(_port(server))), timeout=1):
+            pass
+
+
+def test_a_request_that_outlasts_the_drain_time_is_cut_off(folder: Path) -> None:
+    with serving(folder, "--drain-timeout-s", "1") as server:
+
+        async def body() -> None:
+            async with Client(server.url, timeout_s=60) as client:
+                request = {"prompt": "a b c", "max_tokens": LONG - 100, "ignore_eos": True}
+                task = asyncio.create_task(client.ask("/v1/completions", request))
+                while not (await client.metrics())["core_num_requests_running"]:
+                    await asyncio.sleep(0.005)
+                start = time.monotonic()
+                server.process.send_signal(signal.SIGTERM)
+                await asyncio.gather(task, return_exceptions=True)
+                assert time.monotonic() - start < 15
+
+        run(body())
+        assert server.process.wait(30) == 0
+
+
+def test_an_engine_that_dies_makes_the_server_unhealthy_and_end_its_streams(folder: Path) -> None:
+    with serving(folder, "--backend-option", "fail_step=30") as server:
+
+        async def body() -> None:
+            async with Client(server.url, timeout_s=60) as client:
+                request = {"prompt": "a b c", "max_tokens": 1000, "ignore_eos": True}
+                with pytest.raises(Exception, match="fails at step 30"):
+                    await client.ask("/v1/completions", request)
+            async with httpx.AsyncClient(base_url=server.url.removesuffix("/v1")) as plain:
+                answer = await plain.get("/health")
+                assert answer.status_code == 503 and "fails at step 30" in answer.text
+
+        run(body())
+
+
+def test_a_full_queue_answers_429_and_serves_those_it_took(folder: Path) -> None:
+    with serving(folder, "--max-requests", "2", "--max-waiting", "2") as server:
+
+        async def body() -> None:
+            async with openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
+
+                async def ask(i: int) -> str:
+                    try:
+                        found = await client.completions.create(
+                            model="tiny",
+                            prompt="a b c " * (1 + i),
+                            max_tokens=2000,
+                            extra_body={"ignore_eos": True},
+                        )
+                    except openai.RateLimitError:
+                        return "429"
+                    return str(found.choices[0].finish_reason)
+
+                found = await asyncio.gather(*map(ask, range(12)))
+                assert found.count("length") >= 4 and found.count("429") >= 1
+                assert set(found) == {"length", "429"}
+
+        run(body())
+
+
+def test_a_model_that_cannot_be_served_ends_the_command_with_its_reason(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*COMMAND, str(tmp_path), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ},
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def _port(server: Server) -> str:
+    return server.url.removesuffix("/v1").rsplit(":", 1)[1]

@@ -18,6 +18,7 @@ import torch
 
 from backends.cpu.arrays import index, to_numpy, to_torch, torch_dtype
 from backends.cpu.device import CpuDevice
+from backends.cpu.packed import SCHEMES, PackedWeight, Weight
 from core.contract.errors import DeviceError, OutOfMemoryError, UnsupportedError
 from core.contract.types import BlockRegion, CacheLayerSpec, CachePlan, PackRequest, State
 
@@ -167,30 +168,38 @@ class CpuAllocator:
         state.last[index(slots)] = torch.as_tensor(list(tokens), dtype=torch.int32)
         return State(*state)
 
-    def pack(self, request: PackRequest) -> torch.Tensor:
-        """See the protocol. The layout is the canonical one; norms, biases and constants are float32."""
+    def pack(self, request: PackRequest) -> Weight:
+        """See the protocol. The layout is the canonical one; norms, biases and constants are float32.
+
+        Quantized weights keep their bits.
+        """
         self._device.check_open()
-        if request.scheme:
+        if request.scheme and request.scheme not in SCHEMES:
             raise UnsupportedError(
-                f"{request.name} is quantized with {request.scheme!r}; this backend takes plain dtypes only; "
-                "choose an unquantized checkpoint"
+                f"{request.name} is quantized with {request.scheme!r}; backend 'cpu' keeps "
+                f"{', '.join(SCHEMES)}: pass it decoded, as a plain dtype"
             )
         dtype = torch_dtype(request.dtype, request.name)
         if WIDE_USES.intersection(request.uses):
             dtype = torch.float32
-        wanted = math.prod(request.array.shape) * dtype.itemsize
+        size = 1 if request.scheme else dtype.itemsize
+        wanted = math.prod(request.array.shape) * size
         self._reserve(request.name, wanted)
+        packed: Weight
         try:
-            packed = to_torch(request.array, dtype)
+            if request.scheme:
+                packed = PackedWeight.of(request.array, request.scheme)
+            else:
+                packed = to_torch(request.array, dtype)
         except (RuntimeError, MemoryError) as error:
             self._used -= wanted
             raise OutOfMemoryError(request.name, wanted, self._free()) from error
         weakref.finalize(packed, self._release, wanted).atexit = False
         return packed
 
-    def unpack(self, packed: torch.Tensor) -> npt.NDArray[Any]:
+    def unpack(self, packed: Weight) -> npt.NDArray[Any]:
         """See the protocol."""
-        return to_numpy(packed)
+        return packed.blocks() if isinstance(packed, PackedWeight) else to_numpy(packed)
 
     def regions(self, state: State, layer: int, block: int) -> tuple[BlockRegion, ...]:
         """See the protocol: one region per part, in the order of the canonical form."""

@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from backends.cpu.packed import product
 from core.contract.opspecs import Activation, ExpertsSpec, ExpertWeights, RouteSpec
 
 
@@ -100,9 +101,9 @@ def _expert(
     if spec.weights_on_input:
         x = (x.float() * factor).to(x.dtype)
     bias = packed.gate_up_bias
-    h = F.linear(x, packed.gate_up[slot], None if bias is None else bias[slot].to(x.dtype))
+    h = product(x, packed.gate_up[slot], None if bias is None else bias[slot])
     h = glu(h, spec.activation, spec.limit)
-    y = F.linear(h, packed.down[slot]).float()
+    y = product(h, packed.down[slot]).float()
     if packed.down_bias is not None:
         y += packed.down_bias[slot]
     return y if spec.weights_on_input else y.mul_(factor)

@@ -11,6 +11,7 @@ from backends.cpu.allocator import Cache
 from backends.cpu.arrays import torch_dtype
 from backends.cpu.attention import CpuAttention, attend_cached, host_rows, write_slots
 from backends.cpu.experts import activate, experts, glu, route
+from backends.cpu.packed import PackedWeight, Weight, product
 from backends.cpu.rows import StepMemo
 from backends.cpu.state import gated_delta_scan, short_conv
 from core.contract.batch import Step
@@ -53,11 +54,15 @@ class CpuOps(Ops):
         source = step.token_source
         return torch.where(source < 0, step.token_ids, step.last[source.clamp(min=0)])
 
-    def embed(self, w: torch.Tensor, ids: torch.Tensor, first: int = 0) -> torch.Tensor:
+    def embed(self, w: Weight, ids: torch.Tensor, first: int = 0) -> torch.Tensor:
         """See `Ops`."""
         local = ids - first
         inside = (local >= 0) & (local < w.shape[0])
-        found = w.index_select(0, local.clamp(0, w.shape[0] - 1))
+        rows = local.clamp(0, w.shape[0] - 1)
+        if isinstance(w, PackedWeight):
+            found = w.index_select(rows).to(self._dtype)
+        else:
+            found = w.index_select(0, rows)
         return found.masked_fill_(~inside[:, None], 0)
 
     def take(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -65,7 +70,7 @@ class CpuOps(Ops):
         return x.index_select(0, rows)
 
     def linear(
-        self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, *, wide: bool = False
+        self, x: torch.Tensor, w: Weight, bias: torch.Tensor | None = None, *, wide: bool = False
     ) -> torch.Tensor:
         """See `Ops`.
 
@@ -77,9 +82,11 @@ class CpuOps(Ops):
         """
         if wide and x.dtype != torch.float32:
             return self._wide_linear(x, w, bias)
-        return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+        return product(x, w, bias)
 
-    def _wide_linear(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _wide_linear(self, x: torch.Tensor, w: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(w, PackedWeight):
+            return product(x.float(), w, bias)
         if w.numel() <= SMALL_PRODUCT:
             return F.linear(x.float(), w.float(), bias)
         x2 = x.reshape(-1, x.shape[-1])
@@ -230,10 +237,10 @@ class CpuOps(Ops):
         return experts(x, ids, weights, packed, spec, slot_of_expert)
 
     def linear_add(
-        self, x: torch.Tensor, w: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None = None
+        self, x: torch.Tensor, w: Weight, h: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See `Ops`. Consumes h; the sum is rounded once."""
-        out = h.addmm_(x, w.T)
+        out = h.add_(w.product(x)) if isinstance(w, PackedWeight) else h.addmm_(x, w.T)
         return out if bias is None else out.add_(bias)
 
 

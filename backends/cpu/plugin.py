@@ -51,6 +51,7 @@ SPEC = BackendSpec(
     ),
     state_kinds=("gated_delta",),
     routed_experts=True,
+    quantization=("q4_0", "q4_1", "q8_0"),
     collectives=(
         "all_reduce",
         "all_gather",

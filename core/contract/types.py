@@ -217,7 +217,11 @@ class PackRequest:
         uses: as in `Param`.
         dtype: dtype on the device; norms, biases and constants may be kept wider by the backend.
         name: for errors and reports.
-        scheme: quantization scheme of `array`; "" = none.
+        scheme: quantization scheme of `array`; "" = none. With one, `array` is uint8 [..., out, row bytes]:
+            each row of `in` elements as blocks of 32, and their values are exact (dtype does not round
+            them). "q4_0": float16 d, 16 bytes, values d * (q - 8); "q4_1": float16 d and m, 16 bytes,
+            d * q + m; q of element i is the low half of byte i, of element 16 + i its high half. "q8_0":
+            float16 d, 32 int8 q, d * q.
     """
 
     array: Array

@@ -28,6 +28,12 @@ class EngineConfig:
     backend: str = option("auto", "backend by name; auto = the best that finds a device")
     device: int = option(0, "index of the backend's device; that of the first rank")
     dtype: str = option("auto", "compute dtype; auto = the checkpoint's where the backend computes in it")
+    quantized: Literal["auto", "packed", "dequantized"] = option(
+        "auto",
+        "quantized weights of a .gguf file: packed = as they are, where the backend can; dequantized = "
+        "in the "
+        "compute dtype, larger and faster; auto = dequantized where they leave room for the KV cache",
+    )
     max_model_len: int | None = option(
         None,
         "tokens of prompt and output of a sequence at most",
@@ -66,6 +72,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.policy not in ("fcfs", "priority"):
             raise ConfigError(f"policy is {self.policy!r}; choose fcfs or priority")
+        if self.quantized not in ("auto", "packed", "dequantized"):
+            raise ConfigError(f"quantized is {self.quantized!r}; choose auto, packed or dequantized")
         if self.max_requests > self.max_batch_tokens:
             raise ConfigError(
                 f"max_requests is {self.max_requests}, but a step has {self.max_batch_tokens} tokens at "

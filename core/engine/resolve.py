@@ -18,6 +18,9 @@ from core.models.config import ModelConfig
 _KV_SHARE = 0.6
 """Share of the memory that weights leave free which a KV cache takes where no budget was given."""
 
+_ROOM = 0.2
+"""Share of the free memory that dequantized weights must leave, where the KV cache has no size of its own."""
+
 _USUAL_LENGTH = 8192
 """A longer maximum length is taken only where it is asked for: it costs memory at every start."""
 
@@ -31,6 +34,8 @@ class Facts:
     Attributes:
         backend_reason: why this backend was chosen.
         layers: cache layers of a rank, by dtype. weight_bytes: device bytes of a rank's weights, by dtype.
+        packed_bytes: the same with quantized weights as they are; None where there are none, or the backend
+            keeps none of their schemes.
         memory: of the rank's device, now. block_bytes: as the backend's allocator tells it.
     """
 
@@ -41,6 +46,7 @@ class Facts:
     weight_bytes: Callable[[str], int]
     memory: MemoryInfo
     block_bytes: BlockBytes
+    packed_bytes: Callable[[str], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,12 @@ class Resolution:
     """Every decision of an engine's start.
 
     Attributes:
+        packed: quantized weights stay as they are.
         weight_bytes: estimate of a rank's weights on the device. choices: one per option, in their order.
     """
 
     dtype: str
+    packed: bool
     max_model_len: int
     block_size: int
     overlap: int
@@ -72,7 +80,8 @@ class Resolution:
         """What the memory buys, in one sentence."""
         c = self.cache
         return (
-            f"{self.weight_bytes / _MIB:.0f} MiB of {self.dtype} weights; KV cache of "
+            f"{self.weight_bytes / _MIB:.0f} MiB of {'packed' if self.packed else self.dtype} weights; KV "
+            "cache of "
             f"{c.num_bytes / _MIB:.0f} MiB: "
             f"{c.num_tokens // self.block_size} blocks of {self.block_size} = {c.num_tokens} tokens, "
             f"{c.full_requests:.1f} requests of {self.max_model_len} tokens at once"
@@ -91,7 +100,9 @@ def resolve(config: EngineConfig, facts: Facts) -> Resolution:
     dtype, dtype_why = choose_dtype(spec, config.dtype, facts.model.dtype)
     size = choose_block_size(spec, config.block_size)
     overlap = config.overlap or spec.overlap
-    weights = facts.weight_bytes(dtype)
+    packed, packed_why = _packed(config, facts, dtype)
+    by_dtype = facts.packed_bytes if packed and facts.packed_bytes is not None else facts.weight_bytes
+    weights = by_dtype(dtype)
     budget, budget_why = _budget(config, facts, weights)
     length, length_why = _longest(config, facts, size)
 
@@ -119,13 +130,14 @@ def resolve(config: EngineConfig, facts: Facts) -> Resolution:
     decided = {
         "backend": (spec.name, facts.backend_reason),
         "dtype": (dtype, dtype_why),
+        "quantized": ("packed" if packed else "dequantized", packed_why),
         "max_model_len": (str(length), length_why),
         "block_size": (str(size), "given" if config.block_size else "the backend's preferred size"),
         "num_blocks": _num_blocks(config, cache, size),
         "kv_cache_bytes": (f"{budget} ({budget / _MIB:.0f} MiB)", budget_why),
         "overlap": (str(overlap), "given" if config.overlap else "what the backend declares"),
     }
-    return Resolution(dtype, length, size, overlap, weights, cache, _choices(config, decided))
+    return Resolution(dtype, packed, length, size, overlap, weights, cache, _choices(config, decided))
 
 
 def choose_dtype(spec: BackendSpec, wanted: str, checkpoint: str) -> tuple[str, str]:
@@ -143,6 +155,26 @@ def choose_dtype(spec: BackendSpec, wanted: str, checkpoint: str) -> tuple[str, 
             f"backend {spec.name!r} does not compute in {wanted!r}; choose from {', '.join(spec.dtypes)}"
         )
     return wanted, "given"
+
+
+def _packed(config: EngineConfig, facts: Facts, dtype: str) -> tuple[bool, str]:
+    """Whether quantized weights stay packed, and why."""
+    if facts.packed_bytes is None:
+        if config.quantized == "packed":
+            schemes = ", ".join(facts.spec.quantization) or "none"
+            raise ConfigError(
+                "quantized is 'packed', but the model has no weights in a scheme that backend "
+                f"{facts.spec.name!r} keeps ({schemes}); leave the option out"
+            )
+        return False, "nothing to keep: no weights in a scheme that the backend keeps"
+    if config.quantized != "auto":
+        return config.quantized == "packed", "given"
+    free, large, small = facts.memory.free_bytes, facts.weight_bytes(dtype), facts.packed_bytes(dtype)
+    sizes = f"{large / _MIB:.0f} MiB in {dtype} (packed {small / _MIB:.0f}), of {free / _MIB:.0f} MiB free,"
+    room = config.kv_cache_bytes if config.kv_cache_bytes is not None else int(free * _ROOM)
+    if free - large >= room:
+        return False, f"{sizes} leave room, and are faster"
+    return True, f"{sizes} leave less than the {room / _MIB:.0f} MiB wanted for the KV cache"
 
 
 def _budget(config: EngineConfig, facts: Facts, weights: int) -> tuple[int, str]:

@@ -90,6 +90,8 @@ class RankWorker:
         local = c.local(shard.world_size)
         if c.moe is not None and not spec.routed_experts:
             raise UnsupportedError(f"backend {spec.name!r} does not declare routed experts; choose another")
+        plain = weight_bytes(model, c, "float32", shard)
+        has_packed = weight_bytes(model, c, "float32", shard, checkpoint, spec.quantization) < plain
         facts = Facts(
             spec=spec,
             backend_reason=backend_reason,
@@ -98,6 +100,11 @@ class RankWorker:
             weight_bytes=lambda dtype: weight_bytes(model, c, dtype, shard),
             memory=self.device.memory(),
             block_bytes=self._allocator.block_bytes,
+            packed_bytes=(
+                (lambda dtype: weight_bytes(model, c, dtype, shard, checkpoint, spec.quantization))
+                if has_packed
+                else None
+            ),
         )
         found = resolve(self._config, facts)
         check_layers(spec, found.cache.plan.layers)
@@ -124,6 +131,7 @@ class RankWorker:
             dtype=resolution.dtype,
             max_length=resolution.max_model_len,
             shard=Shard(place.rank, place.world_size),
+            schemes=self._backend.spec.quantization if resolution.packed else (),
             progress=progress,
         )
         self._vocab_size = c.vocab_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,25 @@ class Checkpoint(Protocol):
 
     def close(self) -> None:
         """Let go of the files. Idempotent; `read` raises WeightError afterwards."""
+
+
+BLOCKS = {"q4_0": (32, 18), "q4_1": (32, 20), "q8_0": (32, 34)}
+"""Elements and bytes of a block, by scheme."""
+
+
+@runtime_checkable
+class PackedCheckpoint(Checkpoint, Protocol):
+    """A checkpoint whose tensors may be quantized in blocks that a backend can keep as they are."""
+
+    def scheme(self, name: str) -> str:
+        """The tensor's quantization scheme as `PackRequest.scheme` names it; "" = it has none to keep."""
+
+    def read_blocks(self, name: str, index: Index) -> npt.NDArray[np.uint8]:
+        """The part that `index` cuts out as the file has it: uint8 [..., row bytes].
+
+        Raises:
+            WeightError: the tensor has no scheme, or the last slice cuts through a block; and as `read`.
+        """
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

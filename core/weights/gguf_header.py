@@ -22,8 +22,13 @@ ARRAY, STRING = 9, 8
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 MAX_DIMENSIONS = 4
 
-QUANTIZED = ("Q4_0", "Q4_1", "Q8_0")
+QUANTIZED = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"),
+)
 SUPPORTED = ("F32", "F16", "BF16", *QUANTIZED)
+# Texts of tokens that end a turn, for files that do not name theirs by key. In order: the first found is it.
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>")
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,16 @@ class _Cursor:
 
 
 def end_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
-    """Token ids that end a text, a turn or a message, without repeats, in that order."""
+    """Token ids that end a text, a turn or a message, without repeats, in that order.
+
+    Where the file names no end of a turn, it is found by its text, as most files leave it out.
+    """
     keys = [f"tokenizer.ggml.{k}_token_id" for k in ("eos", "eot", "eom")]
-    return tuple(dict.fromkeys(int(metadata[k]) for k in keys if k in metadata))
+    found = [int(metadata[k]) for k in keys if k in metadata]
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    kinds = metadata.get("tokenizer.ggml.token_type") or []
+    # In harmony's format <|end|> ends one message of several, and <|return|> the turn.
+    if keys[1] not in metadata and "<|return|>" not in tokens:
+        special = {t: i for i, (t, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind != 1}
+        found += [special[t] for t in TURN_ENDS if t in special][:1]
+    return tuple(dict.fromkeys(found))

@@ -7,7 +7,7 @@ left over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,7 +24,7 @@ from core.contract.types import Array, CacheHandle, Packed, PackRequest, Param, 
 from core.models.base import Constant, ModelDefinition, leaves, map_tree, rope_table
 from core.models.config import ModelConfig
 from core.parallel.sharding import Shard, mark
-from core.weights.checkpoint import Checkpoint
+from core.weights.checkpoint import BLOCKS, Checkpoint, Index, PackedCheckpoint
 
 Progress = Callable[[int, int], None]
 """progress(bytes done, bytes in all)."""
@@ -105,9 +105,12 @@ def load_model(
     dtype: str,
     max_length: int,
     shard: Shard | None = None,
+    schemes: Collection[str] = (),
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Read, cut and pack every parameter of `c` (global); `max_length` positions of rotary tables.
+
+    Parameters quantized in one of `schemes` are packed as they are, all others decoded.
 
     Raises:
         WeightError: as `check_checkpoint`. OutOfMemoryError: the device is full.
@@ -124,9 +127,14 @@ def load_model(
             table = rope_table(leaf.rope, max_length)
             packed.append(pack(PackRequest(array=table, uses=("constant",), dtype=dtype, name=leaf.name)))
         else:
-            array = read_param(checkpoint, leaf, shard)
+            scheme = kept_scheme(checkpoint, leaf, shard, schemes)
+            array = read_param(checkpoint, leaf, shard, scheme)
             packed.append(
-                pack(PackRequest(array=array, uses=leaf.uses, dtype=dtype, name=leaf.parts[0].name))
+                pack(
+                    PackRequest(
+                        array=array, uses=leaf.uses, dtype=dtype, name=leaf.parts[0].name, scheme=scheme
+                    )
+                )
             )
         done += size
         if progress is not None:
@@ -134,12 +142,51 @@ def load_model(
     return LoadedModel(local, tuple(packed), step_function(definition, local, tree, shard))
 
 
-def weight_bytes(definition: ModelDefinition, c: ModelConfig, dtype: str, shard: Shard) -> int:
-    """Device bytes of a rank's parameters, every element in `dtype`; without a backend's own padding."""
-    parts = [p for leaf in leaves(definition.params(c)) if isinstance(leaf, Param) for p in leaf.parts]
-    elements: int = sum(prod(r.stop - r.start for r in shard.ranges(part)) for part in parts)
-    bits: int = ml_dtypes.finfo(dtype).bits
-    return elements * bits // 8
+def weight_bytes(
+    definition: ModelDefinition,
+    c: ModelConfig,
+    dtype: str,
+    shard: Shard,
+    checkpoint: Checkpoint | None = None,
+    schemes: Collection[str] = (),
+) -> int:
+    """Device bytes of a rank's parameters; without a backend's own padding.
+
+    Every element in `dtype`, but those of parameters that `checkpoint` has in one of `schemes`.
+    """
+    bits, total = int(ml_dtypes.finfo(dtype).bits), 0
+    for leaf in leaves(definition.params(c)):
+        if isinstance(leaf, Constant):
+            continue
+        elements = sum(prod(r.stop - r.start for r in shard.ranges(part)) for part in leaf.parts)
+        scheme = "" if checkpoint is None else kept_scheme(checkpoint, leaf, shard, schemes)
+        if scheme:
+            size, num_bytes = BLOCKS[scheme]
+            total += elements // size * num_bytes
+        else:
+            total += elements * bits // 8
+    return total
+
+
+def kept_scheme(checkpoint: Checkpoint, param: Param, shard: Shard, schemes: Collection[str]) -> str:
+    """The scheme of `schemes` in which a rank's share of a parameter can stay; "" = it must be decoded.
+
+    All parts have the same, are joined along rows and cut between blocks, and only products and look-ups read
+    them.
+    """
+    if not schemes or not isinstance(checkpoint, PackedCheckpoint):
+        return ""
+    scheme = checkpoint.scheme(param.parts[0].name)
+    if scheme not in schemes or not {"linear", "embed", "experts"}.issuperset(param.uses):
+        return ""
+    for part in param.parts:
+        if checkpoint.scheme(part.name) != scheme:
+            return ""
+        columns = _index(part, shard.ranges(part))[-1]
+        is_plain = part.pick is None and part.transform == "none" and param.join < len(part.shape) - 1
+        if not is_plain or columns.start % BLOCKS[scheme][0] or columns.stop % BLOCKS[scheme][0]:
+            return ""
+    return scheme
 
 
 def step_function(definition: ModelDefinition, local: ModelConfig, tree: Any, shard: Shard) -> StepFunction:
@@ -169,9 +216,17 @@ def _num_bytes(leaf: Param | Constant, checkpoint: Checkpoint) -> int:
     return sum(checkpoint.nbytes(p.name) for p in leaf.parts) if isinstance(leaf, Param) else 0
 
 
-def read_param(checkpoint: Checkpoint, param: Param, shard: Shard) -> npt.NDArray[Any]:
-    """This rank's share of a parameter: parts cut one by one, then joined (and stacked)."""
-    arrays = [read_part(checkpoint, part, shard.ranges(part)) for part in param.parts]
+def read_param(checkpoint: Checkpoint, param: Param, shard: Shard, scheme: str = "") -> npt.NDArray[Any]:
+    """This rank's share of a parameter: parts cut one by one, then joined (and stacked).
+
+    With a scheme, as `kept_scheme` found it, rows of blocks in place of rows of values.
+    """
+    if scheme and isinstance(checkpoint, PackedCheckpoint):
+        arrays: list[npt.NDArray[Any]] = [
+            checkpoint.read_blocks(part.name, _index(part, shard.ranges(part))) for part in param.parts
+        ]
+    else:
+        arrays = [read_part(checkpoint, part, shard.ranges(part)) for part in param.parts]
     if not param.stack:
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, param.join)
     size = len(arrays) // param.stack
@@ -181,14 +236,7 @@ def read_param(checkpoint: Checkpoint, param: Param, shard: Shard) -> npt.NDArra
 
 def read_part(checkpoint: Checkpoint, part: Part, ranges: tuple[slice, ...]) -> npt.NDArray[Any]:
     """A slice of a part; `ranges` are relative to the part."""
-    start = part.start or (0,) * len(part.shape)
-    rows = ranges[0]
-    if part.pick is not None:
-        period, _, size = part.pick
-        rows = slice(rows.start // size * period, rows.stop // size * period)
-    ranges = (rows, *ranges[1:])
-    index = tuple(slice(s + r.start, s + r.stop) for s, r in zip(start, ranges, strict=True))
-    array = checkpoint.read(part.name, index)
+    array = checkpoint.read(part.name, _index(part, ranges))
     if part.pick is not None:
         period, first, size = part.pick
         groups = array.reshape(-1, period, *array.shape[1:])[:, first : first + size]
@@ -196,3 +244,13 @@ def read_part(checkpoint: Checkpoint, part: Part, ranges: tuple[slice, ...]) -> 
     if part.transform == "add_one":
         array = array.astype(np.float64) + 1
     return array[:, 0] if part.transform == "drop_axis_1" else array
+
+
+def _index(part: Part, ranges: tuple[slice, ...]) -> Index:
+    """Where a slice of a part lies in its stored tensor."""
+    start = part.start or (0,) * len(part.shape)
+    rows = ranges[0]
+    if part.pick is not None:
+        period, _, size = part.pick
+        rows = slice(rows.start // size * period, rows.stop // size * period)
+    return tuple(slice(s + r.start, s + r.stop) for s, r in zip(start, (rows, *ranges[1:]), strict=True))

@@ -220,3 +220,40 @@ def test_the_estimate_of_weights_is_what_they_take(tiny_folder: Callable[[str], 
     rope = 64 * engine.model.rope.rotary_size * 8
     assert engine.resolution.weight_bytes == engine.report.weight_bytes - rope
     engine.close()
+
+
+def packed_facts(free: int, **change: object) -> Facts:
+    """The same model, of which 20 MiB dequantized are 5 MiB packed."""
+    return replace(facts(free, **change), packed_bytes=lambda dtype: 5 * MIB)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "free", "packed"),
+    [
+        ({}, 100, False),
+        ({}, 26, False),
+        ({}, 24, True),
+        ({"kv_cache_bytes": 81 * MIB}, 100, True),
+        ({"kv_cache_bytes": 79 * MIB}, 100, False),
+        ({"quantized": "packed"}, 100, True),
+        ({"quantized": "dequantized"}, 24, False),
+    ],
+)
+def test_quantized_weights_stay_packed_where_the_others_leave_no_room(
+    options: dict[str, object], free: int, packed: bool
+) -> None:
+    found = resolve(config(**options), packed_facts(free * MIB))
+    assert found.packed is packed
+    assert found.weight_bytes == (5 if packed else 20) * MIB
+    assert ("packed" in found.summary()) is packed
+    reason = why(found, "quantized")
+    assert ("given" in reason) is ("quantized" in options)
+    assert "room" in reason or "less than" in reason or "given" in reason
+
+
+def test_packed_is_refused_where_nothing_can_stay_packed() -> None:
+    assert not resolve(config(), facts()).packed
+    with pytest.raises(ConfigError, match="'packed', but the model has no weights in a scheme"):
+        resolve(config(quantized="packed"), facts())
+    with pytest.raises(ConfigError, match="choose auto, packed or dequantized"):
+        config(quantized="small")

@@ -99,7 +99,7 @@ def test_a_gguf_tells_its_special_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pre", "kind", "message"), [("smollm", "llama", "kind 'llama'"), ("x", "gpt2", "'x'")]
+    ("pre", "kind", "message"), [("smollm", "bert", "kind 'bert'"), ("x", "gpt2", "'x'")]
 )
 def test_a_gguf_tokenizer_that_is_not_read_is_named(
     tmp_path: Path, pre: str, kind: str, message: str

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES
 
 from core.contract.errors import WeightError
 from core.weights import open_checkpoint
-from core.weights.gguf_header import read_header
+from core.weights.gguf_header import QUANTIZED, SUPPORTED, read_header
 
 from . import tiny_gguf as tiny
 
@@ -205,17 +206,43 @@ def test_metadata_of_every_kind_reads_as_the_gguf_package_reads_it(tmp_path: Pat
     assert read_header(tmp_path / "m.gguf").metadata == wanted
 
 
+def write_raw(path: Path, kind: Kind, rows: np.ndarray[Any, Any]) -> None:
+    """A file whose embedding is `rows` of blocks of type `kind`."""
+    tiny.write(path, tensors=lambda w: w.add_tensor("token_embd.weight", rows, raw_dtype=kind))
+
+
 def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
-    tiny.write(tmp_path / "m.gguf", "llama", Kind.Q5_0)
+    write_raw(tmp_path / "m.gguf", Kind.IQ4_NL, np.zeros((8, 2 * 18), np.uint8))
     with pytest.raises(
-        WeightError, match=r"m\.gguf: tensor 'token_embd\.weight' has type Q5_0; read are F32"
+        WeightError, match=r"m\.gguf: tensor 'token_embd\.weight' has type IQ4_NL; read are F32, F16"
     ):
         open_checkpoint(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("kind", [k for k in Kind if k.name in QUANTIZED], ids=lambda k: k.name)
+def test_every_quantized_type_is_decoded_by_rows_and_blocks(tmp_path: Path, kind: Kind) -> None:
+    size, num_bytes = GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(0)
+    # Bytes below 0x78 make no infinite or undefined scale, wherever in the block the scales are.
+    rows = rng.integers(0, 0x78, (24, 3 * num_bytes), dtype=np.uint8)
+    write_raw(tmp_path / "m.gguf", kind, rows)
+    found = open_checkpoint(tmp_path / "m.gguf")
+    name, whole = "model.embed_tokens.weight", gguf.quants.dequantize(rows, kind)
+    assert found.shape(name) == whole.shape == (24, 3 * size) and found.dtype(name) == np.float32
+    assert len(np.unique(whole)) > 16
+    assert np.array_equal(found.read(name), whole)
+    for index in ((slice(5, 9), slice(size - 3, size + 2)), (slice(23, 24), slice(2 * size, 3 * size))):
+        assert np.array_equal(found.read(name, index), whole[index])
+
+
+def test_the_types_that_files_are_quantized_in_are_read() -> None:
+    published = "Q2_K Q3_K Q4_K Q5_K Q6_K Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 F16 BF16 F32"
+    assert set(published.split()) <= set(SUPPORTED)
+
+
 def test_an_architecture_that_is_not_read_is_named(tmp_path: Path) -> None:
-    tiny.write(tmp_path / "m.gguf", "gemma3")
-    with pytest.raises(WeightError, match="architecture 'gemma3'"):
+    tiny.write(tmp_path / "m.gguf", "mamba")
+    with pytest.raises(WeightError, match="architecture 'mamba'"):
         open_checkpoint(tmp_path / "m.gguf")
 
 

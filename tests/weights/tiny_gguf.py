@@ -22,7 +22,7 @@ def pair_rows(array: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     return split.swapaxes(1, 2).reshape(array.shape)
 
 
-def tensors(architecture: str, seed: int = 0) -> tuple[Tensors, dict[str, str]]:
+def model_tensors(architecture: str, seed: int = 0) -> tuple[Tensors, dict[str, str]]:
     """Tensors under Hugging Face's names, and the GGUF name of each."""
     rng = np.random.default_rng(seed)
     q, kv = HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
@@ -62,9 +62,13 @@ def write(
     architecture: str = "llama",
     kind: GGMLQuantizationType = GGMLQuantizationType.F32,
     extra: Callable[[GGUFWriter], None] = lambda writer: None,
+    tensors: Callable[[GGUFWriter], None] | None = None,
 ) -> Tensors:
-    """Write a model whose matrices have type `kind`; what a reader must find, before quantization."""
-    arrays, stored = tensors(architecture)
+    """Write a model whose matrices have type `kind`; what a reader must find, before quantization.
+
+    `tensors` adds all tensors in place of the usual ones.
+    """
+    arrays, stored = model_tensors(architecture)
     writer = GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
     writer.add_context_length(512)
@@ -78,6 +82,9 @@ def write(
     writer.add_eos_token_id(2)
     writer.add_bos_token_id(1)
     extra(writer)
+    if tensors is not None:
+        tensors(writer)
+        arrays = {}
     for name, array in arrays.items():
         heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(name.split(".")[-2])
         if architecture == "llama" and heads:

@@ -125,6 +125,9 @@ class Plugins:
                 self._admit(_import(name, point), name, group)
             except PluginError as error:
                 self._failures[name] = LoadFailure(name, str(error), error)
+            except (Exception, SystemExit) as error:
+                reason = f"plugin {name!r} cannot be loaded: {_text(error)}; repair or uninstall it"
+                self._failures[name] = LoadFailure(name, reason, error)
         self._manager.check_pending()
 
     def register_backend(self, plugin: object, name: str) -> BackendHandle:
@@ -373,6 +376,15 @@ class Plugins:
             raise ContractVersionError(
                 f"plugin {name!r} states no contract version and {ours}; give it an attribute "
                 f"CONTRACT = ({major}, {minor})"
+            )
+        if (
+            not isinstance(built_for, tuple | list)
+            or len(built_for) != 2
+            or not all(type(n) is int for n in built_for)
+        ):
+            raise PluginError(
+                f"plugin {name!r} says that it was built for contract {built_for!r}; it must be two whole "
+                f"numbers, such as ({major}, {minor})"
             )
         theirs = f"plugin {name!r} was built for contract {tuple(built_for)!r}"
         if tuple(built_for) > self._contract:

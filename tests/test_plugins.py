@@ -186,6 +186,27 @@ def test_a_module_that_exits_at_import_is_a_failure_and_not_the_end(
     assert "SystemExit: 3" in next(f.reason for f in plugins.failures if f.name == "quitter")
 
 
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("CONTRACT = '0.1'\n", "was built for contract '0.1'; it must be two whole numbers"),
+        ("CONTRACT = 1\n", "was built for contract 1; it must be two whole numbers"),
+        ("CONTRACT = ('0', '1')\n", "it must be two whole numbers"),
+        ("def __getattr__(name):\n    raise ImportError('lazily')\n", "lazily"),
+    ],
+)
+def test_a_plugin_that_cannot_even_be_looked_at_disturbs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, told: str
+) -> None:
+    (tmp_path / "odd_module.py").write_text(source)
+    install(tmp_path, monkeypatch, "odd-dist", "core.plugins", {"odd": "odd_module"})
+    plugins = Plugins(disabled=frozenset())
+    plugins.load()
+    sys.modules.pop("odd_module", None)
+    assert told in next(f.reason for f in plugins.failures if f.name == "odd")
+    assert "null" in [spec.name for spec in plugins.specs()]
+
+
 def test_the_host_imports_no_framework() -> None:
     script = (
         "import sys\nfrom core.plugins import Plugins\np = Plugins()\np.load()\np.specs()\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,7 @@ class CpuDevice:
         if threads is None:
             threads = max(1, min(torch.get_num_threads(), _num_cores()) // request.world_size)
         torch.set_num_threads(threads)
+        self._num_sharing = request.world_size
         self._info = describe(request.index, f"torch {torch.__version__}")
         self._open = True
 
@@ -100,7 +102,9 @@ class CpuDevice:
     def memory(self) -> MemoryInfo:
         """See `core.contract.interfaces.Device`."""
         self.check_open()
-        return memory_info()
+        found = memory_info()
+        # Ranks share the host, and each may count on its part of what is free only.
+        return replace(found, free_bytes=found.free_bytes // self._num_sharing)
 
     def host_buffer(self, size: int) -> Int32:
         """See `core.contract.interfaces.Device`. Steps read it in place: nothing is copied."""

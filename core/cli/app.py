@@ -105,10 +105,16 @@ def backends() -> None:
     plugins.load()
     table = Table("backend", "framework", "auto rank", "devices", "summary", box=None)
     for spec in plugins.specs():
-        found = plugins.probe(spec.name, ProbeRequest())
-        devices = (
-            f"none: {found.reason}" if isinstance(found, Unavailable) else ", ".join(d.name for d in found)
-        )
+        try:
+            found = plugins.probe(spec.name, ProbeRequest())
+        except CoreError as error:
+            devices = f"failed: {error}"
+        else:
+            devices = (
+                f"none: {found.reason}"
+                if isinstance(found, Unavailable)
+                else ", ".join(d.name for d in found)
+            )
         rank = "only by name" if spec.auto_rank is None else str(spec.auto_rank)
         table.add_row(spec.name, spec.framework, rank, devices, spec.summary)
     for failure in plugins.failures:

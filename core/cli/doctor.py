@@ -8,13 +8,12 @@ from typing import Literal
 import numpy as np
 
 from core.contract.batch import Step, StepBatch, StepLayout
-from core.contract.errors import DeviceError
+from core.contract.errors import CoreError, DeviceError
 from core.contract.interfaces import CompileRequest
 from core.contract.ops import Ops, inherited_ops
 from core.contract.requests import AllocatorRequest, DeviceRequest, OpsRequest, ProbeRequest
 from core.contract.types import (
     Array,
-    Bucket,
     CacheGroupSpec,
     CacheHandle,
     CacheLayerSpec,
@@ -26,6 +25,7 @@ from core.contract.types import (
     Unavailable,
 )
 from core.plugins import BackendHandle, Plugins
+from core.runner.buckets import Buckets
 from core.sampling.reference import sample
 
 
@@ -45,7 +45,11 @@ def examine() -> list[Check]:
     plugins.load()
     checks: list[Check] = []
     for spec in plugins.specs():
-        found = plugins.probe(spec.name, ProbeRequest())
+        try:
+            found = plugins.probe(spec.name, ProbeRequest())
+        except CoreError as error:
+            checks.append(Check(spec.name, "-", "FAIL", str(error)))
+            continue
         if isinstance(found, Unavailable):
             remedy = f"; {found.remedy}" if found.remedy else ""
             checks.append(Check(spec.name, "-", "UNAVAILABLE", f"{found.reason}{remedy}"))
@@ -83,7 +87,8 @@ def _product(backend: BackendHandle, index: int) -> tuple[float, tuple[str, ...]
             for a, use in ((table, "embed"), (w, "linear"))
         )
         plan = _tiny_plan(backend, dtype)
-        layout = StepLayout.of(_BUCKET, plan, backend.spec.batch)
+        buckets = Buckets(backend.spec, plan, 1, 1)
+        layout = StepLayout.of(buckets.choose("decode", 1, 1, 1, 1, Outputs()), plan, backend.spec.batch)
         state = allocator.allocate_state(plan)
         program = backend.compile(
             CompileRequest(
@@ -113,9 +118,6 @@ def _product(backend: BackendHandle, index: int) -> tuple[float, tuple[str, ...]
         raise DeviceError("a product gave values that are not finite")
     wanted = table[3] @ w.T
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted)), inherited_ops(ops)
-
-
-_BUCKET = Bucket(tokens=1, requests=1, widths=(1,), kind="decode", max_query=1, max_seq=1, outputs=Outputs())
 
 
 def _tiny_plan(backend: BackendHandle, dtype: str) -> CachePlan:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from core.block_manager import BlockManager
 from core.contract.batch import StepLayout
 from core.contract.errors import EngineDead, RequestError, UnsupportedError
+from core.contract.spec import BackendSpec
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget, block_groups, check_layers
 from core.engine.metrics import EngineMetrics
@@ -52,11 +53,7 @@ def _open(config: EngineConfig, plugins: Plugins | None) -> _Opened:
         plugins.load()
     selection = plugins.select(config.backend)
     spec = selection.spec
-    if config.tensor_parallel > spec.max_world_size:
-        raise UnsupportedError(
-            f"tensor_parallel is {config.tensor_parallel}, but backend {spec.name!r} runs "
-            f"{spec.max_world_size} ranks at most"
-        )
+    _check_ranks(config, spec)
     with closing(open_checkpoint(config.model)) as checkpoint:
         definition, model = read_model(checkpoint)
         dtype, _ = choose_dtype(spec, config.dtype, model.dtype)
@@ -65,6 +62,25 @@ def _open(config: EngineConfig, plugins: Plugins | None) -> _Opened:
     kind = MultiprocessExecutor if config.tensor_parallel > 1 else InlineExecutor
     backend = plugins.backend(spec.name)
     return _Opened(backend, selection.reason, model, kind(config, backend))
+
+
+def _check_ranks(config: EngineConfig, spec: BackendSpec) -> None:
+    ranks = config.tensor_parallel
+    if ranks > spec.max_world_size:
+        raise UnsupportedError(
+            f"tensor_parallel is {ranks}, but backend {spec.name!r} runs {spec.max_world_size} ranks at most"
+        )
+    if ranks > 1 and spec.process_model != "per_device":
+        raise UnsupportedError(
+            f"tensor_parallel is {ranks}, but backend {spec.name!r} drives all devices from one process, "
+            "which this version of core does not do; use 1"
+        )
+    missing = {"all_reduce", "all_gather"} - set(spec.collectives)
+    if ranks > 1 and missing:
+        raise UnsupportedError(
+            f"tensor_parallel is {ranks}, but backend {spec.name!r} does not declare "
+            f"{', '.join(sorted(missing))}; use 1"
+        )
 
 
 def explain(config: EngineConfig, *, plugins: Plugins | None = None) -> Resolution:
@@ -143,15 +159,15 @@ class Engine:
         plan = self.cache.plan
         self.blocks = BlockManager(
             block_groups(plan),
-            max_requests=config.max_requests,
+            max_requests=plan.max_requests,
             max_model_len=self.max_model_len,
             enable_prefix_cache=config.prefix_cache,
         )
         self.scheduler = Scheduler(
             SchedulerConfig(
-                max_requests=config.max_requests,
+                max_requests=plan.max_requests,
                 max_model_len=self.max_model_len,
-                max_batch_tokens=config.max_batch_tokens,
+                max_batch_tokens=self.resolution.max_batch_tokens,
                 max_waiting=config.max_waiting,
                 policy=config.policy,
             ),
@@ -162,7 +178,7 @@ class Engine:
         self._clock = clock
         self._trace = StepTrace() if debug_level() >= 3 else None
         self._overlap = self.resolution.overlap
-        buckets = Buckets(spec, plan, config.max_batch_tokens, self.max_model_len)
+        buckets = Buckets(spec, plan, self.resolution.max_batch_tokens, self.max_model_len)
         size = max(StepLayout.of(b, plan, spec.batch).size for b in buckets.largest())
         buffers = [self._executor.host_buffer(size) for _ in range(self._overlap + 1)]
         self._builder = BatchBuilder(plan, spec.batch, buckets, self.scheduler.table, self.blocks, buffers)
@@ -244,13 +260,18 @@ class Engine:
 
     def _fill(self) -> None:
         while self.scheduler.num_in_flight < self._overlap:
-            plan = self.scheduler.schedule()
-            if plan is None:
-                return
-            batch, sampling = self._builder.build(plan)
-            if self._trace is not None:
-                self._trace.batch(batch, plan)
-            self._executor.submit(batch, sampling, plan.copies)
+            try:
+                plan = self.scheduler.schedule()
+                if plan is None:
+                    return
+                batch, sampling = self._builder.build(plan)
+                if self._trace is not None:
+                    self._trace.batch(batch, plan)
+                self._executor.submit(batch, sampling, plan.copies)
+            except KeyboardInterrupt as error:
+                # What was scheduled and what was submitted may differ now. A wait can be taken up again.
+                self._dead = EngineDead("it was interrupted while a step was being submitted")
+                raise error
 
     def _check_alive(self) -> None:
         if self._dead is not None:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
-from core.contract.errors import ConfigError, RequestError
+from core.contract.errors import ConfigError, EngineDead, RequestError
 from core.engine.config import EngineConfig
 from core.engine.engine import Engine
 from core.engine.outputs import RequestOutput
@@ -89,6 +91,8 @@ class LLM:
         with _loading(config.model.name, show_progress) as progress:
             self.engine = Engine(config, progress=progress, on_resolved=_tell if show_progress else None)
         self._ids = itertools.count()
+        self._live: dict[str, RequestStream] = {}
+        self._changed: set[str] = set()
 
     def generate(
         self,
@@ -150,35 +154,50 @@ class LLM:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[RequestOutput]:
-        """Like `generate`, but gives every request's state whenever it has grown."""
-        return self.run(self._add(list(prompts), [params] * len(prompts)))
+        """Like `generate`, but gives every request's state whenever it has grown.
+
+        The requests are queued when the first output is asked for; closing the iterator ends them.
+        """
+        yield from self.run(self._add(list(prompts), [params] * len(prompts)))
 
     def run(self, streams: Sequence[RequestStream]) -> Iterator[RequestOutput]:
-        """Step the engine until these requests are finished; a request's output whenever it changed."""
-        live = {stream.request_id: stream for stream in streams}
+        """Step the engine until these requests are finished; a request's output whenever it changed.
+
+        What a step brings to other requests is kept for those who wait for them.
+        """
+        mine = {stream.request_id: stream for stream in streams}
         try:
-            while live:
-                changed: dict[str, RequestStream] = {}
-                for event in self.engine.step():
-                    stream = live.get(event.sequence.request.request_id)
-                    if stream is not None:
-                        stream.take(stream_event(event))
-                        changed[stream.request_id] = stream
-                for stream in changed.values():
-                    output = stream.output()
+            while mine:
+                ready = [name for name in mine if name in self._changed]
+                if not ready:
+                    self._step()
+                for name in ready:
+                    self._changed.discard(name)
+                    output = mine[name].output()
                     if output.finished:
-                        del live[stream.request_id]
+                        del mine[name], self._live[name]
                     yield output
         finally:
-            for request_id in live:
-                self.engine.abort(request_id)
+            for name in mine:
+                self._live.pop(name, None)
+                self._changed.discard(name)
+                self.engine.abort(name)
+
+    def _step(self) -> None:
+        if not self.engine.has_work:
+            raise EngineDead("a request is waited for that the engine does not have; please report it")
+        for event in self.engine.step():
+            stream = self._live.get(event.sequence.request.request_id)
+            if stream is not None:
+                stream.take(stream_event(event))
+                self._changed.add(stream.request_id)
 
     def _add(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[RequestStream]:
         added: list[RequestStream] = []
         try:
             for prompt, one in zip(prompts, params, strict=True):
                 text = prompt if isinstance(prompt, str) else None
-                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(map(index, prompt))
                 request = self.engine.add(f"request-{next(self._ids)}", ids, one)
                 end = partial(self.engine.end_choice, request.request_id)
                 added.append(RequestStream(request, text, self.tokenizer, time.monotonic, end))
@@ -186,6 +205,7 @@ class LLM:
             for stream in added:
                 self.engine.abort(stream.request_id)
             raise
+        self._live |= {stream.request_id: stream for stream in added}
         return added
 
     def close(self) -> None:
@@ -203,7 +223,7 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     many = list(prompts)
-    if many and all(isinstance(p, int) for p in many):
+    if many and all(isinstance(p, Integral) for p in many):
         return [many]  # type: ignore[list-item]
     return many  # type: ignore[return-value]
 

@@ -55,8 +55,11 @@ def check_layers(spec: BackendSpec, layers: tuple[CacheLayerSpec, ...]) -> None:
             raise UnsupportedError(f"backend {spec.name!r} does not declare latent attention; choose another")
         if layer.kind == "window" and not spec.attention.window:
             raise UnsupportedError(f"backend {spec.name!r} does not declare window attention; choose another")
-        if layer.kind == "state" and not spec.state_kinds:
-            raise UnsupportedError(f"backend {spec.name!r} does not declare state layers; choose another")
+        if layer.kind == "state" and "gated_delta" not in spec.state_kinds:
+            raise UnsupportedError(
+                f"backend {spec.name!r} does not declare state layers of kind 'gated_delta' (declared: "
+                f"{spec.state_kinds}); choose another"
+            )
         if sizes and layer.kind in ("paged", "window") and layer.head_size not in sizes:
             raise UnsupportedError(
                 f"the model's head size is {layer.head_size}; backend {spec.name!r} has {sorted(sizes)}"
@@ -103,10 +106,16 @@ def plan_cache(
         groups.append(
             CacheGroupSpec(kind=kind, layers=members, block_size=block_size, num_blocks=size, window=window)
         )
+    multiple = spec.cache.num_blocks_multiple
     plan = CachePlan(layers=layers, groups=tuple(groups), group_of=group_of, max_requests=max_requests)
     if num_blocks is None:
-        num_blocks = _fit(block_bytes, plan, budget_bytes, per_request, spec.cache.num_blocks_multiple)
-    plan = _with_blocks(plan, num_blocks)
+        num_blocks = _fit(block_bytes, plan, budget_bytes, per_request, multiple)
+    elif num_blocks < 2 or num_blocks % multiple:
+        raise ConfigError(
+            f"num_blocks is {num_blocks}; backend {spec.name!r} wants a multiple of {multiple}, and one "
+            f"block is for padding; use {max(-(-num_blocks // multiple), -(-2 // multiple)) * multiple}"
+        )
+    plan = _with_blocks(plan, num_blocks, multiple)
     tokens = (num_blocks - 1) * block_size
     return CacheBudget(plan, plan_bytes(block_bytes, plan), tokens, tokens / max_model_len)
 
@@ -129,12 +138,18 @@ def plan_bytes(block_bytes: BlockBytes, plan: CachePlan) -> int:
     )
 
 
-def _with_blocks(plan: CachePlan, num_blocks: int) -> CachePlan:
-    """The plan with full-attention pools of `num_blocks`, and window pools of no more."""
+def _with_blocks(plan: CachePlan, num_blocks: int, multiple: int) -> CachePlan:
+    """The plan with full-attention pools of `num_blocks` and window pools of no more; all are multiples of
+    `multiple`.
+    """
+
+    def whole(count: int) -> int:
+        return -(-count // multiple) * multiple
+
     groups = tuple(
-        g
+        replace(g, num_blocks=whole(g.num_blocks))
         if g.kind == "state"
-        else replace(g, num_blocks=num_blocks if g.kind == "paged" else min(g.num_blocks, num_blocks))
+        else replace(g, num_blocks=num_blocks if g.kind == "paged" else min(whole(g.num_blocks), num_blocks))
         for g in plan.groups
     )
     return replace(plan, groups=groups)
@@ -146,13 +161,14 @@ def _fit(block_bytes: BlockBytes, plan: CachePlan, budget: int, per_request: int
     low, high = 0, -(-most // multiple)
     while low < high:
         middle = (low + high + 1) // 2
-        if plan_bytes(block_bytes, _with_blocks(plan, middle * multiple)) <= budget:
+        if plan_bytes(block_bytes, _with_blocks(plan, middle * multiple, multiple)) <= budget:
             low = middle
         else:
             high = middle - 1
     blocks = low * multiple
     if blocks < per_request + 1:
-        needed = plan_bytes(block_bytes, _with_blocks(plan, -(-(per_request + 1) // multiple) * multiple))
+        least = -(-(per_request + 1) // multiple) * multiple
+        needed = plan_bytes(block_bytes, _with_blocks(plan, least, multiple))
         raise ConfigError(
             f"the KV cache budget of {budget / 2**20:.1f} MiB does not hold one request of full length, "
             "which needs "

@@ -70,6 +70,8 @@ class Resolution:
     dtype: str
     packed: bool
     max_model_len: int
+    max_requests: int
+    max_batch_tokens: int
     block_size: int
     overlap: int
     weight_bytes: int
@@ -105,6 +107,8 @@ def resolve(config: EngineConfig, facts: Facts) -> Resolution:
     weights = by_dtype(dtype)
     budget, budget_why = _budget(config, facts, weights)
     length, length_why = _longest(config, facts, size)
+    tokens, tokens_why = _step_tokens(config, spec)
+    requests, requests_why = _requests(config, spec, tokens)
 
     def plan(max_model_len: int) -> CacheBudget:
         return plan_cache(
@@ -112,9 +116,9 @@ def resolve(config: EngineConfig, facts: Facts) -> Resolution:
             facts.block_bytes,
             facts.layers(dtype),
             block_size=size,
-            max_requests=config.max_requests,
+            max_requests=requests,
             max_model_len=max_model_len,
-            max_step_tokens=config.max_batch_tokens * overlap,
+            max_step_tokens=tokens * overlap,
             budget_bytes=budget,
             num_blocks=config.num_blocks,
         )
@@ -132,12 +136,71 @@ def resolve(config: EngineConfig, facts: Facts) -> Resolution:
         "dtype": (dtype, dtype_why),
         "quantized": ("packed" if packed else "dequantized", packed_why),
         "max_model_len": (str(length), length_why),
+        "max_requests": (str(requests), requests_why),
+        "max_batch_tokens": (str(tokens), tokens_why),
         "block_size": (str(size), "given" if config.block_size else "the backend's preferred size"),
         "num_blocks": _num_blocks(config, cache, size),
         "kv_cache_bytes": (f"{budget} ({budget / _MIB:.0f} MiB)", budget_why),
         "overlap": (str(overlap), "given" if config.overlap else "what the backend declares"),
     }
-    return Resolution(dtype, packed, length, size, overlap, weights, cache, _choices(config, decided))
+    _check_tables(spec, cache, length)
+    return Resolution(
+        dtype=dtype,
+        packed=packed,
+        max_model_len=length,
+        max_requests=requests,
+        max_batch_tokens=tokens,
+        block_size=size,
+        overlap=overlap,
+        weight_bytes=weights,
+        cache=cache,
+        choices=_choices(config, decided),
+    )
+
+
+def _step_tokens(config: EngineConfig, spec: BackendSpec) -> tuple[int, str]:
+    """Tokens of a step at most: what was asked for, within what the backend takes."""
+    wanted = config.max_batch_tokens
+    ladder = spec.shapes.token_buckets
+    limits = [limit for limit in (spec.batch.max_tokens, ladder[-1] if ladder else None) if limit is not None]
+    tokens = min([wanted, *limits])
+    if tokens < spec.batch.prefill_multiple:
+        raise ConfigError(
+            f"max_batch_tokens is {tokens}, but backend {spec.name!r} takes prompts in multiples of "
+            f"{spec.batch.prefill_multiple} tokens; raise it to at least that"
+        )
+    return tokens, "the most that the backend takes" if tokens < wanted else _given(
+        config, "max_batch_tokens"
+    )
+
+
+def _requests(config: EngineConfig, spec: BackendSpec, tokens: int) -> tuple[int, str]:
+    """Sequences at once at most: each takes a row of a step, and a token."""
+    wanted = config.max_requests
+    ladder = spec.shapes.request_buckets
+    limits = [
+        limit for limit in (spec.batch.max_requests, ladder[-1] if ladder else None) if limit is not None
+    ]
+    requests = min([wanted, tokens, *limits])
+    return requests, "the most that the backend takes" if requests < wanted else _given(
+        config, "max_requests"
+    )
+
+
+def _given(config: EngineConfig, name: str) -> str:
+    default = next(f.default for f in fields(config) if f.name == name)
+    return "default" if getattr(config, name) == default else "given"
+
+
+def _check_tables(spec: BackendSpec, cache: CacheBudget, length: int) -> None:
+    limit = spec.cache.max_table_bytes
+    for group in cache.plan.groups if limit is not None else ():
+        wanted = 0 if group.kind == "state" else 4 * cache.plan.max_requests * -(-length // group.block_size)
+        if limit is not None and wanted > limit:
+            raise ConfigError(
+                f"a block table of {cache.plan.max_requests} requests and {length} tokens takes {wanted} "
+                f"bytes, but backend {spec.name!r} takes {limit} at most; lower max_requests or max_model_len"
+            )
 
 
 def choose_dtype(spec: BackendSpec, wanted: str, checkpoint: str) -> tuple[str, str]:

@@ -86,7 +86,7 @@ class _Choice:
         if self._detokenizer is not None and self.stop_reason is None:
             self.text += self._detokenizer.finish()
             if (cut := self._find_stop()) is not None:
-                self.stop_reason = cut
+                self.stop_reason, reason = cut, "stop"
         self.finish_reason = reason
         if self.stop_reason is None:
             self.stop_reason = stop

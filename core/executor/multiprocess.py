@@ -7,10 +7,11 @@ failure of any rank ends all of them and is raised in the engine with the rank's
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import socket
 from collections.abc import Sequence
 from contextlib import closing
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -112,7 +113,14 @@ class MultiprocessExecutor(Executor):
 
     def _call(self, command: str, *arguments: Any) -> list[Any]:
         self._send(command, *arguments)
-        return [self._receive(rank) for rank in range(len(self._pipes))]
+        # As they come: a rank that fails leaves the others waiting for it in a collective.
+        ranks = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        answers: list[Any] = [None] * len(ranks)
+        while ranks:
+            for pipe in wait(list(ranks)):
+                rank = ranks.pop(pipe)  # type: ignore[call-overload]
+                answers[rank] = self._receive(rank)
+        return answers
 
     def _receive(self, rank: int) -> Any:
         try:
@@ -144,6 +152,8 @@ def _free_port() -> int:
 
 def _worker_main(pipe: Connection, setup: bytes) -> None:
     """A worker process: answer commands until the pipe closes."""
+    # The terminal interrupts every process of its group; the engine decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     worker: _Worker | None = None
     while True:
         try:

@@ -19,6 +19,7 @@ from core.contract.requests import (
     OpsRequest,
     SamplerRequest,
 )
+from core.contract.spec import check_capabilities
 from core.contract.types import Bucket, SampledTokens, SamplingBatch
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget, check_layers
@@ -81,7 +82,11 @@ class RankWorker:
                 options=config.backend_options,
             )
         )
-        self._allocator = backend.memory_allocator(AllocatorRequest(device=self.device))
+        try:
+            self._allocator = backend.memory_allocator(AllocatorRequest(device=self.device))
+        except BaseException:
+            self.device.close()
+            raise
 
     def resolve(self, checkpoint: Checkpoint, backend_reason: str) -> Resolution:
         """What the options come to on this rank; reads no weight."""
@@ -108,6 +113,7 @@ class RankWorker:
         )
         found = resolve(self._config, facts)
         check_layers(spec, found.cache.plan.layers)
+        check_capabilities(spec, found.cache.plan)
         return found
 
     def load(

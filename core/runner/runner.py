@@ -109,13 +109,18 @@ class Runner:
         Raises:
             DeviceError: the step failed, or was never submitted.
         """
-        tokens = self._pending.pop(step_id, None)
+        tokens = self._pending.get(step_id)
         if tokens is None:
             raise DeviceError(f"step {step_id} was not submitted to this runner")
-        return tokens.get()
+        # An interrupted wait may be tried again.
+        found = tokens.get()
+        del self._pending[step_id]
+        return found
 
     def close(self) -> None:
-        """Give the state back. The device stays open."""
+        """Wait for what runs, and give the state back. The device stays open."""
+        if self._pending:
+            self._device.synchronize()
         self._pending.clear()
         self._programs.clear()
         self._allocator.free_state(self._state)

@@ -8,6 +8,9 @@ from itertools import count
 
 from core.scheduler.sequence import Sequence, Status
 
+_SLACK = 64
+"""Entries of finished sequences that a heap may hold beside as many as it has live ones."""
+
 
 class WaitingQueue:
     """Waiting sequences by key. Sequences that were finished meanwhile are dropped when they come up."""
@@ -37,8 +40,11 @@ class WaitingQueue:
         return heapq.heappop(self._heap)[1]
 
     def forget(self) -> None:
-        """A waiting sequence was finished; its entry goes when it comes up."""
+        """A waiting sequence was finished; its entry goes when it comes up, or with all others like it."""
         self._size -= 1
+        if len(self._heap) > 2 * self._size + _SLACK:
+            self._heap = [e for e in self._heap if e[1].status is Status.WAITING]
+            heapq.heapify(self._heap)
 
 
 class Deadlines:
@@ -47,6 +53,7 @@ class Deadlines:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, bool, Sequence]] = []
         self._order = count()
+        self._limit = _SLACK
 
     def add(self, sequence: Sequence) -> None:
         """Watch a sequence's deadlines."""
@@ -54,6 +61,10 @@ class Deadlines:
         for time, is_queue in ((request.queue_deadline, True), (request.deadline, False)):
             if time is not None:
                 heapq.heappush(self._heap, (time, next(self._order), is_queue, sequence))
+        if len(self._heap) > self._limit:
+            self._heap = [e for e in self._heap if e[3].status is not Status.FINISHED]
+            heapq.heapify(self._heap)
+            self._limit = 2 * len(self._heap) + _SLACK
 
     def expired(self, now: float) -> Iterator[Sequence]:
         """Sequences whose time is up at `now`; each deadline is given once."""

@@ -6,8 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
+from core_test_plugins.null import SPEC, NullBackend
+
+from backends.cpu_reference import plugin as oracle
+from core.cli.doctor import examine
+from core.contract.hookspecs import hookimpl
+from core.contract.spec import BatchRules, ShapeRules
+from core.plugins import Plugins
 
 BROKEN = "null,older_contract,newer_contract,misspelled_hook,broken_import,pretend"
 
@@ -72,3 +81,41 @@ def test_demo_shows_eight_answers_and_exits_0() -> None:
     assert done.returncode == 0, done.stderr
     assert "48 tokens in" in done.stdout
     assert "KV blocks" in done.stdout
+
+
+def test_doctor_asks_a_backend_only_for_shapes_that_it_declares_and_outlives_a_probe_that_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Strict:
+        """The oracle under another name, with few static shapes."""
+
+        @hookimpl
+        def core_backend_spec(self, request: Any) -> Any:
+            shapes = ShapeRules(kind="static", request_buckets=(4,), width_buckets=(8,))
+            return replace(oracle.SPEC, name="strict", shapes=shapes, batch=BatchRules(min_decode_rows=3))
+
+        @hookimpl
+        def core_compile(self, request: Any) -> Any:
+            assert (request.bucket.requests, request.bucket.widths) == (4, (8,))
+            return oracle.core_compile(request)
+
+        core_probe = staticmethod(oracle.core_probe)
+        core_open_device = staticmethod(oracle.core_open_device)
+        core_memory_allocator = staticmethod(oracle.core_memory_allocator)
+        core_ops = staticmethod(oracle.core_ops)
+
+    class Broken(NullBackend):
+        """Its probe raises."""
+
+        @hookimpl
+        def core_probe(self, request: Any) -> Any:
+            raise RuntimeError("the driver is gone")
+
+    plugins = Plugins(disabled=frozenset())
+    plugins.register_backend(Strict(), "strict")
+    plugins.register_backend(Broken(replace(SPEC, name="broken")), "broken")
+    monkeypatch.setattr(plugins, "load", lambda: None)
+    monkeypatch.setattr("core.cli.doctor.Plugins", lambda: plugins)
+    found = {check.backend: check for check in examine()}
+    assert found["strict"].status == "PASS", found["strict"].detail
+    assert found["broken"].status == "FAIL" and "the driver is gone" in found["broken"].detail

@@ -13,7 +13,7 @@ import pytest
 from core_test_plugins.null import SPEC
 
 from core.contract.errors import ConfigError, UnsupportedError
-from core.contract.spec import BatchRules, ShapeRules
+from core.contract.spec import BatchRules, CacheRules, ShapeRules
 from core.contract.types import CacheLayerSpec, MemoryInfo
 from core.engine.config import EngineConfig
 from core.engine.engine import Engine, explain
@@ -136,6 +136,42 @@ def test_the_backends_limits_bound_the_length(limit: dict[str, object], length: 
     assert resolve(config(), facts(**limit)).max_model_len == length  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"max_model_len is {length + 1}, but"):
         resolve(config(max_model_len=length + 1), facts(**limit))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("limit", "requests", "tokens"),
+    [
+        ({"batch": BatchRules(max_requests=16, max_tokens=512)}, 16, 512),
+        ({"shapes": ShapeRules(kind="static", request_buckets=(4, 8), token_buckets=(32, 128))}, 8, 128),
+        ({"shapes": ShapeRules(kind="static", token_buckets=(6,))}, 6, 6),
+        ({}, 64, 2048),
+    ],
+)
+def test_rows_and_tokens_of_a_step_are_bounded_by_the_backend(
+    limit: dict[str, object], requests: int, tokens: int
+) -> None:
+    found = resolve(config(), facts(**limit))  # type: ignore[arg-type]
+    assert (found.max_requests, found.max_batch_tokens) == (requests, tokens)
+    assert found.cache.plan.max_requests == requests
+    reason = "the most that the backend takes" if limit else "default"
+    assert why(found, "max_requests") == why(found, "max_batch_tokens") == reason
+
+
+def test_blocks_come_in_the_multiples_that_the_backend_wants() -> None:
+    rules = CacheRules(block_sizes=(16,), num_blocks_multiple=8)
+    assert resolve(config(), facts(cache=rules)).cache.plan.groups[0].num_blocks % 8 == 0
+    for count, hint in ((10, "use 16"), (1, "use 8")):
+        with pytest.raises(ConfigError, match=f"num_blocks is {count}; .* multiple of 8, .*{hint}"):
+            resolve(config(num_blocks=count), facts(cache=rules))
+    with pytest.raises(ConfigError, match=r"num_blocks is 1; .*use 2"):
+        resolve(config(num_blocks=1), facts())
+
+
+def test_a_block_table_larger_than_the_backend_takes_is_refused() -> None:
+    rules = CacheRules(block_sizes=(16,), max_table_bytes=64 * 100 * 4)
+    assert resolve(config(max_model_len=1600), facts(cache=rules))
+    with pytest.raises(ConfigError, match="takes 25856 bytes, but backend 'null' takes 25600 at most"):
+        resolve(config(max_model_len=1616), facts(cache=rules))
 
 
 def test_the_dtype_is_the_checkpoints_where_the_backend_computes_in_it() -> None:

@@ -1,0 +1,74 @@
+"""Several callers of one LLM: each gets its own events, and nothing is left behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core import LLM, SamplingParams
+from core.contract.errors import EngineDead
+from tests.tokenizer.small import byte_level, write_folder
+
+PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
+
+
+@pytest.fixture
+def llm(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Iterator[LLM]:
+    path = tmp_path / "tiny"
+    shutil.copytree(tiny_folder("llama"), path)
+    write_folder(path, byte_level())
+    with LLM(path, backend="null", dtype="float32", max_model_len=64, show_progress=False) as found:
+        yield found
+
+
+def test_generating_while_a_stream_is_read_takes_nothing_from_it(llm: LLM) -> None:
+    counts = []
+    for output in llm.stream([[5, 6, 7]], PARAMS):
+        counts.append(len(output.outputs[0].token_ids))
+        assert llm.generate([[8, 9]], PARAMS)[0].finished
+    assert counts[-1] == 6 and not llm.engine.has_work
+
+
+def test_two_streams_may_be_read_in_turn(llm: LLM) -> None:
+    first, second = llm.stream([[5, 6, 7]], PARAMS), llm.stream([[5, 6, 7]], PARAMS)
+    ends = []
+    for a in first:
+        b = next(second, None)
+        ends = [a, b or ends[1]]
+    rest = list(second)
+    last = rest[-1] if rest else ends[1]
+    assert ends[0].outputs[0].token_ids == last.outputs[0].token_ids and last.finished
+
+
+def test_a_stream_that_nobody_reads_queues_nothing_and_a_closed_one_is_ended(llm: LLM) -> None:
+    llm.stream([[5, 6]], PARAMS)
+    assert not llm.engine.has_work
+    stream = llm.stream([[5, 6]], PARAMS)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert llm.engine.metrics().finished.get("abort") == 1 and llm.engine.metrics().blocks_used == 0
+
+
+def test_waiting_for_a_request_that_was_ended_elsewhere_is_no_endless_loop(llm: LLM) -> None:
+    stream = llm.stream([[5, 6]], PARAMS)
+    name = next(stream).request_id
+    assert llm.engine.abort(name)
+    assert [o.outputs[0].finish_reason for o in stream] == ["abort"]
+    lost = llm._add([[5, 6]], [PARAMS])
+    llm.engine.abort(lost[0].request_id)
+    llm.engine.step()
+    with pytest.raises(EngineDead, match="that the engine does not have"):
+        list(llm.run(lost))
+
+
+def test_ids_may_be_numpys(llm: LLM) -> None:
+    ids = np.array([5, 6, 7])
+    wanted = llm.generate([[5, 6, 7]], PARAMS)[0].outputs[0].token_ids
+    assert llm.generate([ids], PARAMS)[0].outputs[0].token_ids == wanted  # type: ignore[list-item]
+    assert llm.generate(ids, PARAMS)[0].outputs[0].token_ids == wanted  # type: ignore[arg-type]

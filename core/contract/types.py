@@ -176,9 +176,10 @@ class Part:
         unit: elements of each dimension that stay together when it is cut (a head's rows, say); () = 1 each.
         pick: (period, first, size): of every `period` rows of the stored tensor (from `start` on) the part is
             the `size` rows from `first` on; for tensors that interleave two matrices head by head.
-        transform: after reading: "add_one", in float64, for norms stored around zero; "drop_axis_1"
-            removes an
-            axis of size 1, after everything else.
+        pick_axis: the dimension whose elements `pick` calls rows.
+        transform: after reading: "add_one", in float64, for norms stored around zero; "drop_axis_1" removes
+            an axis of size 1, "transpose" swaps the last two (matrices stored [in, out]), both after
+            everything else: `shape`, `axes` and the rest describe the part as it is stored.
     """
 
     name: str
@@ -187,7 +188,8 @@ class Part:
     start: tuple[int, ...] | None = None
     unit: tuple[int, ...] = ()
     pick: tuple[int, int, int] | None = None
-    transform: Literal["none", "add_one", "drop_axis_1"] = "none"
+    transform: Literal["none", "add_one", "drop_axis_1", "transpose"] = "none"
+    pick_axis: int = 0
 
 
 @dataclass(frozen=True)

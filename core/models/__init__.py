@@ -22,6 +22,11 @@ ARCHITECTURES: Mapping[str, str] = {
     "Qwen3_5MoeForConditionalGeneration": "qwen3_5",
     "DeepseekV2ForCausalLM": "deepseek",
     "DeepseekV3ForCausalLM": "deepseek",
+    "MixtralForCausalLM": "mixtral",
+    "GptOssForCausalLM": "gpt_oss",
+    "Llama4ForCausalLM": "llama4",
+    "Llama4ForConditionalGeneration": "llama4",
+    "Glm4MoeForCausalLM": "glm4_moe",
 }
 """Hugging Face's architecture name -> module of this package."""
 

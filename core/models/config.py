@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from core.contract.errors import ConfigError, UnsupportedError
-from core.contract.opspecs import Activation, RouteSpec
+from core.contract.opspecs import Activation, QScale, RouteSpec
 
 LayerKind = Literal["attention", "state"]
 
@@ -48,7 +48,9 @@ class MoeConfig:
         layers: indices of the layers with routed experts; the others are dense.
         mlp_size: width of one expert. shared_mlp_size: width of the shared expert (0 = none).
         shared_gate: the shared expert's output is multiplied by sigmoid of a learned product.
-        route_bias: the router has a selection bias.
+        router_bias: the router's product has a bias. route_bias: the selection alone has one.
+        weights_on_input: routing weights multiply an expert's input in place of its output.
+        limit: clamp of the activation "swigluoai".
         fused: the checkpoint stores all experts of a layer in one tensor, [E, 2F, D] and [E, D, F].
     """
 
@@ -57,7 +59,10 @@ class MoeConfig:
     mlp_size: int
     shared_mlp_size: int = 0
     shared_gate: bool = False
+    router_bias: bool = False
     route_bias: bool = False
+    weights_on_input: bool = False
+    limit: float | None = None
     fused: bool = False
 
 
@@ -84,6 +89,22 @@ class LinearConfig:
     k_size: int
     v_size: int
     conv_width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkConfig:
+    """Layers that attend within chunks, and layers that are not rotated (Llama 4).
+
+    Attributes:
+        sizes: tokens of a chunk, one per layer; None = the layer's queries see everything.
+        rotated: one per layer. qk_norm: q and k of rotated layers are normed, without a weight, after it.
+        q_scale: growth of the queries of layers that are not rotated.
+    """
+
+    sizes: tuple[int | None, ...]
+    rotated: tuple[bool, ...]
+    qk_norm: bool
+    q_scale: QScale | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +144,7 @@ class ModelConfig:
     moe: MoeConfig | None = None
     latent: LatentConfig | None = None
     linear: LinearConfig | None = None
+    chunks: ChunkConfig | None = None
     prefix: str = "model."
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"

@@ -28,7 +28,7 @@ from core.models.config import (
     rope_config,
     yarn_mscale,
 )
-from core.models.moe import Moe, adapt_experts, moe_params
+from core.models.moe import Moe, MoeNames, adapt_experts, moe_params
 from core.models.qwen3_moe import second_half
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
@@ -37,6 +37,7 @@ head = llama.head
 adapt = adapt_experts
 
 _LATENT_EPS = 1e-6
+_NAMES = MoeNames(shared="shared_experts")
 _ROUTE_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
 
@@ -156,7 +157,7 @@ def params(c: ModelConfig) -> llama.Weights:
         layers=tuple(
             Layer(
                 _attention_params(c, n),
-                moe_params(c, n, shared="shared_experts") if i in experts else llama.mlp_params(c, n),
+                moe_params(c, n, names=_NAMES) if i in experts else llama.mlp_params(c, n),
             )
             for i, n in enumerate(names)
         ),

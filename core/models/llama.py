@@ -7,7 +7,7 @@ tied head.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from core.contract.batch import Step
@@ -39,6 +39,7 @@ class Attention:
     o_bias: Any = None
     q_norm: Any = None
     k_norm: Any = None
+    sinks: Any = None
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,9 @@ def attention_params(c: ModelConfig, layer: str, *, zero_centred: bool = False) 
     )
 
 
-def mlp_params(c: ModelConfig, layer: str, *, zero_centred: bool = False) -> Mlp:
-    """A gated MLP below `layer`, with gate | up stacked."""
-    m, D, F = f"{layer}.mlp", c.hidden_size, c.mlp_size
+def mlp_params(c: ModelConfig, layer: str, *, block: str = "mlp", zero_centred: bool = False) -> Mlp:
+    """A gated MLP below `layer`.`block`, with gate | up stacked."""
+    m, D, F = f"{layer}.{block}", c.hidden_size, c.mlp_size
     return Mlp(
         norm=norm_param(f"{layer}.post_attention_layernorm.weight", D, zero_centred=zero_centred),
         gate_up=linear_param(
@@ -229,8 +230,9 @@ def attend(
     q = qkv[:, : N * H].reshape(-1, N, H)  # [T, N, H]
     k = qkv[:, N * H : (N + K) * H].reshape(-1, K, H)  # [T, K, H]
     v = qkv[:, (N + K) * H :].reshape(-1, K, H)
+    spec = replace(attention_spec(c, window), sinks=w.sinks is not None)
     out, cache = ops.norm_rope_attend(
-        q, k, v, w.q_norm, w.k_norm, c.norm_eps, rope, cache, step, attention_spec(c, window)
+        q, k, v, w.q_norm, w.k_norm, c.norm_eps, rope, cache, step, spec, w.sinks
     )
     return ops.linear_add(out.reshape(-1, N * H), w.o, h, w.o_bias), cache
 

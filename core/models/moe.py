@@ -14,8 +14,22 @@ from core.contract.errors import ConfigError
 from core.contract.ops import Ops
 from core.contract.opspecs import ExpertsSpec, ExpertWeights
 from core.contract.types import Array, Param, Part
-from core.models.base import linear_param, norm_param, weight
+from core.models.base import bias_param, linear_param, norm_param, weight
 from core.models.config import ModelConfig, MoeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeNames:
+    """What a family's checkpoints call the tensors of a block; `block` is below the layer, the others below
+    it.
+    """
+
+    block: str = "mlp"
+    router: str = "gate"
+    shared: str = "shared_expert"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,7 @@ class Moe:
     norm: Any
     router: Any
     experts: ExpertWeights
+    router_bias: Any = None
     route_bias: Any = None
     shared: SharedExpert | None = None
 
@@ -56,30 +71,40 @@ def adapt_experts(c: ModelConfig, names: Collection[str]) -> ModelConfig:
     return replace(c, moe=replace(c.moe, fused=any(n.endswith("mlp.experts.gate_up_proj") for n in names)))
 
 
+_NAMES = MoeNames()
+
+
 def moe_params(
-    c: ModelConfig, layer: str, *, shared: str = "shared_expert", zero_centred: bool = False
+    c: ModelConfig,
+    layer: str,
+    *,
+    names: MoeNames = _NAMES,
+    experts: ExpertWeights | None = None,
+    zero_centred: bool = False,
 ) -> Moe:
-    """Parameters below `layer`.mlp; `shared` names the shared expert."""
-    moe, m, D = moe_of(c), f"{layer}.mlp", c.hidden_size
-    bias = Part(f"{m}.gate.e_score_correction_bias", (moe.route.num_experts,), ("",))
+    """Parameters of the block below `layer`; `experts` for a family that stores them in a way of its own."""
+    moe, m, D = moe_of(c), f"{layer}.{names.block}", c.hidden_size
+    router, E = f"{m}.{names.router}", moe.route.num_experts
+    bias = Part(f"{router}.e_score_correction_bias", (E,), ("",))
+    if experts is None:
+        experts = _fused_experts(c, m) if moe.fused else _split_experts(c, m, names)
     return Moe(
         norm=norm_param(f"{layer}.post_attention_layernorm.weight", D, zero_centred=zero_centred),
-        router=linear_param(weight(f"{m}.gate", moe.route.num_experts, "", D, "embed")),
-        experts=_fused_experts(c, m) if moe.fused else _split_experts(c, m),
+        router=linear_param(weight(router, E, "", D, "embed")),
+        experts=experts,
+        router_bias=bias_param((router, E, "", 1)) if moe.router_bias else None,
         route_bias=Param((bias,), ("bias",)) if moe.route_bias else None,
-        shared=_shared_params(c, m, shared) if moe.shared_mlp_size else None,
+        shared=_shared_params(c, m, names) if moe.shared_mlp_size else None,
     )
 
 
-def _split_experts(c: ModelConfig, m: str) -> ExpertWeights:
+def _split_experts(c: ModelConfig, m: str, names: MoeNames) -> ExpertWeights:
     moe, D = moe_of(c), c.hidden_size
     E, F = moe.route.num_experts, moe.mlp_size
     gate_up = tuple(
-        weight(f"{m}.experts.{e}.{n}", F, "mlp", D, "embed")
-        for e in range(E)
-        for n in ("gate_proj", "up_proj")
+        weight(f"{m}.experts.{e}.{n}", F, "mlp", D, "embed") for e in range(E) for n in (names.gate, names.up)
     )
-    down = tuple(weight(f"{m}.experts.{e}.down_proj", D, "embed", F, "mlp") for e in range(E))
+    down = tuple(weight(f"{m}.experts.{e}.{names.down}", D, "embed", F, "mlp") for e in range(E))
     return ExpertWeights(Param(gate_up, ("experts",), stack=E), Param(down, ("experts",), stack=E))
 
 
@@ -94,14 +119,14 @@ def _fused_experts(c: ModelConfig, m: str) -> ExpertWeights:
     return ExpertWeights(Param(gate_up, ("experts",), join=1), Param((down,), ("experts",)))
 
 
-def _shared_params(c: ModelConfig, m: str, name: str) -> SharedExpert:
-    moe, s, D = moe_of(c), f"{m}.{name}", c.hidden_size
+def _shared_params(c: ModelConfig, m: str, names: MoeNames) -> SharedExpert:
+    moe, s, D = moe_of(c), f"{m}.{names.shared}", c.hidden_size
     F = moe.shared_mlp_size
     return SharedExpert(
         gate_up=linear_param(
-            weight(f"{s}.gate_proj", F, "mlp", D, "embed"), weight(f"{s}.up_proj", F, "mlp", D, "embed")
+            weight(f"{s}.{names.gate}", F, "mlp", D, "embed"), weight(f"{s}.{names.up}", F, "mlp", D, "embed")
         ),
-        down=linear_param(weight(f"{s}.down_proj", D, "embed", F, "mlp")),
+        down=linear_param(weight(f"{s}.{names.down}", D, "embed", F, "mlp")),
         gate=linear_param(weight(f"{m}.shared_expert_gate", 1, "", D, "embed")) if moe.shared_gate else None,
     )
 
@@ -110,8 +135,14 @@ def moe_block(ops: Ops, c: ModelConfig, w: Moe, h: Array) -> Array:
     """h + experts(norm(h)): [T, D]."""
     moe = moe_of(c)
     x = ops.norm(h, w.norm, c.norm_eps)
-    ids, weights = ops.route(ops.linear(x, w.router, wide=True), moe.route, w.route_bias)  # [T, top_k]
-    spec = ExpertsSpec(num_experts=moe.route.num_experts, activation=c.activation)
+    logits = ops.linear(x, w.router, w.router_bias, wide=True)  # [T, E]
+    ids, weights = ops.route(logits, moe.route, w.route_bias)  # [T, top_k]
+    spec = ExpertsSpec(
+        num_experts=moe.route.num_experts,
+        activation=c.activation,
+        weights_on_input=moe.weights_on_input,
+        limit=moe.limit,
+    )
     y = ops.experts(x, ids, weights, w.experts, spec)
     if w.shared is not None:
         shared = ops.linear(ops.glu(ops.linear(x, w.shared.gate_up), c.activation), w.shared.down)

@@ -69,8 +69,9 @@ def mark(param: Param, packed: Any, shard: Shard) -> Any:
     part = param.parts[0]
     ranges = shard.ranges(part)
     cut = [r.stop - r.start < size for r, size in zip(ranges, part.shape, strict=True)]
-    is_product = any(use in ("linear", "embed", "experts") for use in param.uses)
-    reduces = is_product and len(part.shape) > 1 and cut[-1]
+    is_product = any(use in ("linear", "embed", "experts") for use in param.uses) and "bias" not in param.uses
+    inputs = -2 if part.transform == "transpose" else -1
+    reduces = is_product and len(part.shape) > 1 and cut[inputs]
     is_vocab = part.axes[0] == "vocab" and cut[0]
     if not reduces and not is_vocab:
         return packed

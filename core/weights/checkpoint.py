@@ -88,7 +88,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         from core.weights.safetensors import SafetensorsCheckpoint
 
-        return SafetensorsCheckpoint(path)
+        return _unpacked(SafetensorsCheckpoint(path))
     if path.is_file() and path.suffix == ".gguf":
         from core.weights.gguf import GGUFCheckpoint
 
@@ -96,6 +96,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if path.exists():
         raise ConfigError(f"{path} is not a model; give a folder with safetensors, or a .gguf file")
     raise ConfigError(f"{path} does not exist; give a folder with safetensors, or a .gguf file")
+
+
+def _unpacked(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, with tensors of a quantization that is undone at load in their plain form."""
+    quantization = checkpoint.config().get("quantization_config") or {}
+    if quantization.get("quant_method") == "mxfp4":
+        from core.weights.mxfp4 import Mxfp4Checkpoint
+
+        return Mxfp4Checkpoint(checkpoint)
+    return checkpoint
 
 
 def check_index(path: Path, name: str, shape: tuple[int, ...], index: Index | None) -> Index:

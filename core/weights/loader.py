@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +26,7 @@ from core.models.config import ModelConfig
 from core.parallel.sharding import Shard, mark
 from core.weights.checkpoint import BLOCKS, Checkpoint, Index, PackedCheckpoint
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """progress(bytes done, bytes in all)."""
 
@@ -88,7 +89,7 @@ def _fits(part: Part, found: tuple[int, ...]) -> bool:
     shape = part.shape
     if part.pick is not None:
         period, _, size = part.pick
-        shape = (shape[0] // size * period, *shape[1:])
+        shape = _replaced(shape, part.pick_axis, shape[part.pick_axis] // size * period)
     if len(found) != len(shape):
         return False
     if part.start is None:
@@ -239,18 +240,28 @@ def read_part(checkpoint: Checkpoint, part: Part, ranges: tuple[slice, ...]) -> 
     array = checkpoint.read(part.name, _index(part, ranges))
     if part.pick is not None:
         period, first, size = part.pick
-        groups = array.reshape(-1, period, *array.shape[1:])[:, first : first + size]
-        array = groups.reshape(-1, *array.shape[1:])
+        before, after = array.shape[: part.pick_axis], array.shape[part.pick_axis + 1 :]
+        count = array.shape[part.pick_axis] // period
+        groups = array.reshape(*before, count, period, *after)
+        groups = groups[(*(slice(None),) * (len(before) + 1), slice(first, first + size))]
+        array = groups.reshape(*before, count * size, *after)
     if part.transform == "add_one":
         array = array.astype(np.float64) + 1
+    if part.transform == "transpose":
+        return np.ascontiguousarray(array.swapaxes(-1, -2))
     return array[:, 0] if part.transform == "drop_axis_1" else array
 
 
 def _index(part: Part, ranges: tuple[slice, ...]) -> Index:
     """Where a slice of a part lies in its stored tensor."""
     start = part.start or (0,) * len(part.shape)
-    rows = ranges[0]
     if part.pick is not None:
         period, _, size = part.pick
+        rows = ranges[part.pick_axis]
         rows = slice(rows.start // size * period, rows.stop // size * period)
-    return tuple(slice(s + r.start, s + r.stop) for s, r in zip(start, (rows, *ranges[1:]), strict=True))
+        ranges = _replaced(ranges, part.pick_axis, rows)
+    return tuple(slice(s + r.start, s + r.stop) for s, r in zip(start, ranges, strict=True))
+
+
+def _replaced(items: tuple[T, ...], at: int, item: T) -> tuple[T, ...]:
+    return (*items[:at], item, *items[at + 1 :])

@@ -73,7 +73,7 @@ def test_float32_backends_match_transformers(name: str, backend: str, tiny_folde
 
 
 @pytest.mark.parametrize("prompt", [1, PROMPT])
-@pytest.mark.parametrize("name", ["llama", "qwen2_window", "qwen3_5_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_window", "qwen3_5_moe", "deepseek_v3", "gpt_oss", "llama4"])
 def test_the_engine_gives_these_logits(
     name: str, prompt: int, tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,9 +128,21 @@ def test_switching_a_feature_off_in_the_definition_shows(
     assert relative_error(oracle(folder), of_both(reference(folder))) > FLOAT32
 
 
+ROUTING: dict[str, dict[str, Any]] = {
+    "norm_topk": {"normalize": False},
+    "group_score": {"group_score": "max"},
+    "sigmoid routing": {"scoring": "softmax"},
+    "softmax_topk": {"scoring": "softmax"},
+}
+"""Features of `RouteSpec`, and what it says without them."""
+
+
 def _switch_off(feature: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if feature == "value_head_groups":
         _ungroup_value_heads(monkeypatch)
+        return
+    if feature == "alpha":
+        _set_slope_to_one(monkeypatch)
         return
     checkpoint = open_checkpoint(folder)
     model: ModelDefinition = definition(checkpoint.config())
@@ -143,10 +155,24 @@ def _switch_off(feature: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             return replace(c, attention_gate=False)
         if feature == "tied head":
             return replace(c, tied_head=False)
-        assert feature == "norm_topk" and c.moe is not None
-        return replace(c, moe=replace(c.moe, route=replace(c.moe.route, normalize=False)))
+        assert c.moe is not None
+        if feature == "weights_on_input":
+            return replace(c, moe=replace(c.moe, weights_on_input=False))
+        return replace(c, moe=replace(c.moe, route=replace(c.moe.route, **ROUTING[feature])))
 
     monkeypatch.setattr(model, "adapt", changed)
+
+
+def _set_slope_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clamped swiglu with an ordinary sigmoid."""
+    from backends.cpu_reference import experts
+
+    def wrong(x: Any, activation: str, limit: float) -> Any:
+        gate, up = np.split(x, 2, -1)
+        gate = np.minimum(gate, limit)
+        return (np.clip(up, -limit, limit) + 1) * gate / (1 + np.exp(-gate))
+
+    monkeypatch.setattr(experts, "glu", wrong)
 
 
 def _ungroup_value_heads(monkeypatch: pytest.MonkeyPatch) -> None:

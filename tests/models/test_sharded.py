@@ -28,7 +28,18 @@ IDS = tokens()
 # is not cut in 4,
 # and latent attention has no KV heads.
 CASES = [(f.name, 2) for f in FAMILIES] + [
-    (n, 4) for n in ("llama_bias", "qwen2_window", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+    (n, 4)
+    for n in (
+        "llama_bias",
+        "qwen2_window",
+        "qwen3_moe",
+        "deepseek_v2",
+        "deepseek_v3",
+        "mixtral",
+        "gpt_oss",
+        "llama4",
+        "glm4_moe",
+    )
 ]
 
 Folder = Callable[[str], Path]

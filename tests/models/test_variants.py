@@ -59,6 +59,31 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3, queries of full rank": ("deepseek_v3", {"q_lora_rank": None}),
     "v3, one group": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
     "v3, dense": ("deepseek_v3", {"first_k_dense_replace": 3}),
+    "mixtral, no window": ("mixtral", {"sliding_window": None}),
+    "gpt-oss, no biases in attention": ("gpt_oss", {"attention_bias": False}),
+    "gpt-oss, no rope scaling": ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
+    "gpt-oss, layer kinds turned round": (
+        "gpt_oss",
+        {"layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "llama 4, experts in every layer": ("llama4_text", {"interleave_moe_layer_step": 1}),
+    "llama 4, experts in named layers": ("llama4_text", {"moe_layers": [0, 3]}),
+    "llama 4, unrotated layers by interval": (
+        "llama4_text",
+        {"no_rope_layers": None, "no_rope_layer_interval": 3},
+    ),
+    "llama 4, no norm of q and k": ("llama4_text", {"use_qk_norm": False}),
+    "llama 4, no rope scaling": (
+        "llama4_text",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+    ),
+    "llama 4, two experts": ("llama4_text", {"num_experts_per_tok": 2}),
+    "llama 4, biases and a tied head": ("llama4", {"attention_bias": True, "tie_word_embeddings": True}),
+    "glm, one group": ("glm4_moe", {"n_group": 1, "topk_group": 1}),
+    "glm, no norm of q and k": ("glm4_moe", {"use_qk_norm": False}),
+    "glm, no biases": ("glm4_moe", {"attention_bias": False}),
+    "glm, weights as they are": ("glm4_moe", {"norm_topk_prob": False}),
+    "glm, experts in every layer": ("glm4_moe", {"first_k_dense_replace": 0}),
 }
 
 
@@ -101,6 +126,49 @@ def test_missing_routing_figures_are_refused_by_name(key: str, tiny_folder: Fold
 
 
 @pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("mixtral", "num_local_experts"),
+        ("gpt_oss", "sliding_window"),
+        ("llama4_text", "intermediate_size_mlp"),
+        ("llama4_text", "attention_chunk_size"),
+        ("glm4_moe", "moe_intermediate_size"),
+    ],
+)
+def test_what_a_family_cannot_do_without_is_refused_by_name(name: str, key: str, tiny_folder: Folder) -> None:
+    hf = config_of(tiny_folder(name))
+    del hf[key]
+    with pytest.raises(ConfigError, match=key):
+        definition(hf).config(hf)
+
+
+@pytest.mark.parametrize("key", ["no_rope_layers", "layer_types"])
+def test_a_list_that_leaves_layers_out_is_refused(key: str, tiny_folder: Folder) -> None:
+    hf = config_of(tiny_folder("llama4_text"))
+    hf[key] = hf[key][:3]
+    with pytest.raises(ConfigError, match=f"{key} has 3 entries, but the model has 4 layers"):
+        definition(hf).config(hf)
+
+
+def test_mixtrals_experts_may_be_stacked(tiny_folder: Folder, tmp_path: Path) -> None:
+    folder = tiny_folder("mixtral")
+    tensors = load_file(folder / "model.safetensors")
+    stacked = {k: v for k, v in tensors.items() if ".block_sparse_moe." not in k}
+    for i in range(2):
+        old, new = f"model.layers.{i}.block_sparse_moe.", f"model.layers.{i}.mlp."
+        w1, w2, w3 = (
+            np.stack([tensors[f"{old}experts.{e}.{n}.weight"] for e in range(8)]) for n in ("w1", "w2", "w3")
+        )
+        stacked[f"{new}gate.weight"] = tensors[f"{old}gate.weight"]
+        stacked[f"{new}experts.gate_up_proj"] = np.concatenate([w1, w3], 1)
+        stacked[f"{new}experts.down_proj"] = w2
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(stacked, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found, wanted = (model_logits(f, IDS[:80], "cpu_reference", "float64") for f in (tmp_path, folder))
+    assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
     ("name", "key", "value"),
     [
         ("qwen3_5_text", "attention_bias", True),
@@ -108,6 +176,9 @@ def test_missing_routing_figures_are_refused_by_name(key: str, tiny_folder: Fold
         ("deepseek_v2", "topk_method", "other_way"),
         ("qwen3_5_text", "layer_types", ["other_kind"] * 4),
         ("llama", "rope_parameters", {"rope_type": "other_kind"}),
+        ("gpt_oss", "layer_types", ["other_kind"] * 2),
+        ("gpt_oss", "swiglu_alpha", 1.5),
+        ("llama4_text", "layer_types", ["other_kind"] * 4),
     ],
 )
 def test_what_is_not_known_is_refused(name: str, key: str, value: object, tiny_folder: Folder) -> None:
@@ -124,6 +195,10 @@ def test_what_is_not_known_is_refused(name: str, key: str, value: object, tiny_f
         ("qwen3_5", "model.language_model.layers.0.linear_attn.conv1d.bias"),
         ("qwen3_5_moe", "model.language_model.layers.0.mlp.experts.0.up_proj.weight"),
         ("deepseek_v3", "model.layers.2.self_attn.kv_b_proj.weight_scale_inv"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.8.w1.weight"),
+        ("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj_blocks"),
+        ("llama4", "language_model.model.layers.0.self_attn.q_norm.weight"),
+        ("glm4_moe", "model.layers.0.self_attn.o_proj.bias"),
     ],
 )
 def test_a_tensor_that_the_model_does_not_use_is_refused_by_name(
@@ -142,6 +217,8 @@ def test_a_tensor_that_the_model_does_not_use_is_refused_by_name(
         ("qwen3_5", "model.visual.other.weight"),
         ("qwen3_5", "mtp.layers.0.other.weight"),
         ("deepseek_v3", "model.layers.3.mlp.experts.0.up_proj.weight"),
+        ("llama4", "vision_model.other.weight"),
+        ("glm4_moe", "model.layers.3.mlp.experts.0.up_proj.weight"),
     ],
 )
 def test_a_tensor_of_what_the_engine_leaves_out_changes_nothing(
@@ -161,3 +238,21 @@ def _with_tensors(folder: Path, path: Path, tensors: dict[str, Any]) -> Path:
         metadata={"format": "pt"},
     )
     return path
+
+
+def test_a_backend_is_told_of_sinks_by_the_spec(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spec's flag is what a backend's capability is held against."""
+    from backends.cpu_reference.ops import ReferenceOps
+
+    seen: set[tuple[bool, bool]] = set()
+    attend = ReferenceOps.norm_rope_attend
+
+    def watched(self: Any, *args: Any) -> Any:
+        *_, spec, sinks = args
+        seen.add((spec.sinks, sinks is not None))
+        return attend(self, *args)
+
+    monkeypatch.setattr(ReferenceOps, "norm_rope_attend", watched)
+    for name in ("gpt_oss", "mixtral"):
+        model_logits(tiny_folder(name), IDS[:80], "cpu_reference", "float64")
+    assert seen == {(True, True), (False, False)}

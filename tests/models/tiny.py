@@ -101,6 +101,22 @@ _DEEPSEEK = (
     Feature("shared_expert", "n_shared_experts", None, "*.shared_experts.down_proj.weight"),
     Feature("kv_norm", "", None, "*.kv_a_layernorm.weight", 1.0),
 )
+_ROUTER_BIAS = Feature("expert_bias", "", None, "*.e_score_correction_bias")
+_LLAMA4 = (
+    _EPS,
+    _THETA,
+    Feature("chunk", "attention_chunk_size", 512),
+    Feature("unrotated layers", "no_rope_layers", [1, 1, 1, 1]),
+    Feature("qk_norm", "use_qk_norm", False),
+    Feature("temperature_tuning", "attn_temperature_tuning", False),
+    Feature("temperature_floor", "floor_scale", 60),
+    Feature("shared_expert", "", None, "*.shared_expert.down_proj.weight"),
+    Feature("routed experts", "", None, "*.experts.down_proj"),
+    Feature("weights_on_input"),
+    Feature("sigmoid routing"),
+    Feature("dense layers", "", None, "*.feed_forward.down_proj.weight"),
+    Feature("top_k", "num_experts_per_tok", 2),
+)
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "llama": (_EPS, _THETA),
     "llama3_rope": (_EPS, _THETA, _SCALING, _TIED),
@@ -128,8 +144,44 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
         Feature("softmax_mscale", "rope_parameters.mscale_all_dim", 0.0),
         Feature("rope_interleave", "rope_interleave", False),
         Feature("q_lora", "q_lora_rank", None, "*.q_a_layernorm.weight", 1.0),
-        Feature("expert_bias", "", None, "*.e_score_correction_bias"),
+        _ROUTER_BIAS,
         _NORM_TOPK,
+    ),
+    "mixtral": (_EPS, _THETA, _TOP_K, Feature("norm_topk"), Feature("window", "sliding_window", 512)),
+    "gpt_oss": (
+        _EPS,
+        _THETA,
+        _TOP_K,
+        Feature("rope_scaling", "rope_parameters.rope_type", "default"),
+        Feature("rope_truncate", "rope_parameters.truncate", True),
+        Feature("window", "sliding_window", 512),
+        Feature("window of named layers", "layer_types", ["full_attention", "sliding_attention"]),
+        Feature("sinks", "", None, "*.self_attn.sinks", -30.0),
+        Feature("qkv_bias", "", None, "*.self_attn.[qkv]_proj.bias"),
+        Feature("o_bias", "", None, "*.self_attn.o_proj.bias"),
+        Feature("router_bias", "", None, "*.router.bias"),
+        Feature("gate_up_bias", "", None, "*.gate_up_proj_bias"),
+        Feature("down_bias", "", None, "*.down_proj_bias"),
+        Feature("clamp", "swiglu_limit", 100.0),
+        Feature("alpha"),
+        Feature("softmax_topk"),
+    ),
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
+    "glm4_moe": (
+        _EPS,
+        _THETA,
+        _TOP_K,
+        _QK_NORM,
+        _QKV_BIAS,
+        _ROUTER_BIAS,
+        _NORM_TOPK,
+        Feature("partial_rotary", "rope_parameters.partial_rotary_factor", 1.0),
+        Feature("grouped_routing", "topk_group", 4),
+        Feature("group_score"),
+        Feature("routed_scale", "routed_scaling_factor", 1.0),
+        Feature("shared_expert", "n_shared_experts", None, "*.shared_experts.down_proj.weight"),
+        Feature("dense layers", "", None, "model.layers.0.mlp.down_proj.weight"),
     ),
 }
 _ARCHITECTURES = {
@@ -147,6 +199,11 @@ _ARCHITECTURES = {
     "qwen3_5_moe_split": "Qwen3_5MoeForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "llama4": "Llama4ForConditionalGeneration",
+    "llama4_text": "Llama4ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }
 FAMILIES: tuple[Tiny, ...] = tuple(
     Tiny(name, architecture, tuple(feature.name for feature in FEATURES[name]))
@@ -230,6 +287,44 @@ _YARN = _rope(
     mscale_all_dim=0.6,
     original_max_position_embeddings=64,
 )
+# Two layers of this window reach back to the first token.
+_WIDE_WINDOW = 48
+_CHUNKED: dict[str, Any] = {
+    **_COMMON,
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0, 1, 0],
+    "attention_chunk_size": WINDOW,
+    "attn_temperature_tuning": True,
+    "floor_scale": 8,
+    "attn_scale": 0.4,
+    "rope_parameters": _LLAMA3,
+}
+_VISION4: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vision_output_dim": 32,
+    "image_size": 16,
+    "patch_size": 4,
+    "projector_input_dim": 32,
+    "projector_output_dim": 32,
+}
+_YARN_WHOLE = _rope(
+    1000.0,
+    rope_type="yarn",
+    factor=8.0,
+    beta_fast=8.0,
+    beta_slow=1.0,
+    truncate=False,
+    original_max_position_embeddings=64,
+)
 _LINEAR_MOE: dict[str, Any] = {
     **_LINEAR,
     "moe_intermediate_size": 32,
@@ -271,6 +366,43 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "rope_parameters": _rope(20000.0),
     },
     "deepseek_v3": {**_LATENT, "q_lora_rank": 28, "norm_topk_prob": True, "rope_parameters": _YARN},
+    "mixtral": {
+        **_DENSE,
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": _WIDE_WINDOW,
+        "rope_parameters": _rope(50000.0),
+    },
+    "gpt_oss": {
+        **_DENSE,
+        "head_dim": 32,
+        "intermediate_size": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": WINDOW,
+        "swiglu_limit": 1.5,
+        "rope_parameters": _YARN_WHOLE,
+    },
+    "llama4": _CHUNKED,
+    "llama4_text": _CHUNKED,
+    "glm4_moe": {
+        **_DENSE,
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 16,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.7,
+        "rope_parameters": _rope(50000.0, partial_rotary_factor=0.25),
+    },
 }
 # save_pretrained writes experts one by one; the published files of this family hold them stacked, the rows of
 # gate before those of up.
@@ -280,6 +412,10 @@ _UNUSED: dict[str, dict[str, tuple[int, ...]]] = {
     "qwen3_5": {"mtp.norm.weight": (64,), "mtp.fc.weight": (64, 128)},
     "deepseek_v3": {"model.layers.3.enorm.weight": (64,), "model.layers.3.eh_proj.weight": (64, 128)},
 }
+
+
+# Families whose language model comes with a vision tower, and its settings.
+_TOWERS = {"qwen3_5": _VISION, "qwen3_5_moe": _VISION, "llama4": _VISION4}
 
 
 def tokens(count: int = LENGTH, seed: int = 0) -> np.ndarray:
@@ -295,10 +431,10 @@ def make_folder(name: str, path: Path, seed: int = 0) -> Path:
     """
     architecture = getattr(transformers, _ARCHITECTURES[name])
     settings = json.loads(json.dumps(_SETTINGS[name]))
-    if name in ("qwen3_5", "qwen3_5_moe"):
+    if name in _TOWERS:
         tied = settings["tie_word_embeddings"]
-        settings = {"text_config": settings, "vision_config": dict(_VISION), "tie_word_embeddings": tied}
-    model = architecture(architecture.config_class(**settings)).to(torch.float32)
+        settings = {"text_config": settings, "vision_config": _TOWERS[name], "tie_word_embeddings": tied}
+    model = architecture(architecture.config_class(**settings)).float()
     zero_centred = name.startswith("qwen3_5")
     with torch.no_grad():
         for key, value in (*model.named_parameters(), *model.named_buffers()):
@@ -387,17 +523,20 @@ def with_old_config(folder: Path, path: Path) -> Path:
     `rope_parameters` and `dtype`: the form of most published files. Raises ValueError for a family that was
     never published so.
     """
-    config = json.loads((folder / "config.json").read_text())
-    if config["model_type"].startswith("qwen3_5"):
-        raise ValueError(f"{config['model_type']} was only ever published with rope_parameters")
+    whole = json.loads((folder / "config.json").read_text())
+    if whole["model_type"].startswith("qwen3_5"):
+        raise ValueError(f"{whole['model_type']} was only ever published with rope_parameters")
+    config = whole.get("text_config", whole)
     rope = config.pop("rope_parameters")
     config["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     kind = rope.pop("rope_type")
     config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
-    config["torch_dtype"] = config.pop("dtype")
+    whole["torch_dtype"] = whole.pop("dtype")
     config.pop("layer_types", None)
     shutil.copytree(folder, path)
-    (path / "config.json").write_text(json.dumps(config))
+    (path / "config.json").write_text(json.dumps(whole))
     return path
 
 

@@ -12,10 +12,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from core.contract.errors import WeightError
-from core.contract.types import PackRequest
+from core.contract.types import PackRequest, Param, Part
 from core.executor.rank import read_model
+from core.parallel.sharding import Shard
 from core.weights.checkpoint import open_checkpoint
-from core.weights.loader import load_model
+from core.weights.loader import load_model, read_param, read_part
 from tests.models.conftest import tiny_folder
 
 __all__ = ["tiny_folder"]
@@ -77,3 +78,49 @@ def refused(folder: Path, change: Callable[[Tensors], None], words: str, tmp_pat
         load_model(definition, c, checkpoint, packed.append, dtype="float32", max_length=32)
     checkpoint.close()
     assert not packed
+
+
+class Memory:
+    """A checkpoint of arrays; keeps the indices that were read."""
+
+    def __init__(self, **arrays: Any) -> None:
+        self.arrays, self.reads = arrays, []
+
+    def read(self, name: str, index: Any = None) -> Any:
+        self.reads.append(index)
+        return self.arrays[name][index]
+
+
+@pytest.mark.parametrize("transform", ["none", "transpose"])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_columns_that_take_turns_are_told_apart_and_cut(rank: int, transform: Any) -> None:
+    E, D, F, ranks = 2, 4, 6, 3
+    stored = np.arange(E * D * 2 * F).reshape(E, D, 2 * F)
+    checkpoint: Any = Memory(x=stored)
+    share = slice(rank * F // ranks, (rank + 1) * F // ranks)
+    for first in (0, 1):
+        part = Part(
+            "x",
+            (E, D, F),
+            ("expert", "embed", "mlp"),
+            pick=(2, first, 1),
+            pick_axis=2,
+            transform=transform,
+        )
+        found = read_part(checkpoint, part, Shard(rank, ranks).ranges(part))
+        wanted = stored[:, :, first::2][:, :, share]
+        assert checkpoint.reads[-1][2] == slice(2 * share.start, 2 * share.stop)
+        np.testing.assert_array_equal(found, wanted if transform == "none" else wanted.transpose(0, 2, 1))
+
+
+def test_a_transposed_matrix_is_contiguous_and_its_joined_parts_are_stacked_by_outputs() -> None:
+    E, D, F = 2, 3, 4
+    stored = np.arange(E * D * 2 * F).reshape(E, D, 2 * F)
+    parts = tuple(
+        Part("x", (E, D, F), ("expert", "embed", "mlp"), start=(0, 0, at), transform="transpose")
+        for at in (0, F)
+    )
+    checkpoint: Any = Memory(x=stored)
+    assert read_part(checkpoint, parts[0], Shard().ranges(parts[0])).flags.c_contiguous
+    found = read_param(checkpoint, Param(parts, ("experts",), join=1), Shard())
+    np.testing.assert_array_equal(found, stored.transpose(0, 2, 1))

@@ -42,7 +42,7 @@ class QueueFullError(RequestError):
 
 
 class DeviceError(CoreError):
-    """One worker or device failed. The engine may restart it; requests are kept."""
+    """One worker or device failed."""
 
 
 class OutOfMemoryError(DeviceError):

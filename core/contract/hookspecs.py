@@ -138,7 +138,8 @@ class OptionalHooks(Protocol):
     def core_attention_kernel(self, request: AttentionKernelRequest) -> AttentionKernel | None:
         """Offer an attention kernel for a cache layer; add-ons may offer one for another backend's device.
 
-        When: once per kind of cache layer; which offer runs is a stored choice, never registration order.
+        When: not asked for by this version of core. Later once per kind of cache layer; which offer runs is
+            a stored choice, never registration order.
         Returns: a kernel, or None for a geometry or device that it does not serve.
         If absent: the backend's own `attend` runs.
         Since: 0.1
@@ -171,7 +172,7 @@ class OptionalHooks(Protocol):
     def core_model_override(self, request: OverrideRequest) -> Any | None:
         """Offer a replacement step function where a fusion beyond ops pays.
 
-        When: selected; once per model, before compilation.
+        When: selected; not asked for by this version of core. Later once per model, before compilation.
         Returns: a StepFunction held to the same bounds as the model's own, or None.
         If absent: the model's own function runs.
         Since: 0.1

@@ -90,6 +90,9 @@ class Device(Protocol):
     def host_buffer(self, size: int) -> Int32:
         """A host int32 array [size] from which a copy to the device is fast (pinned where that exists);
         zeroed.
+
+        An engine takes one more than it has steps in flight and uses them in turn. A rank in a process of
+        its own gets batches in ordinary, read-only arrays.
         """
 
     def synchronize(self) -> None:
@@ -114,7 +117,7 @@ class MemoryAllocator(Protocol):
         """
 
     def free_state(self, state: State) -> None:
-        """Give the caches back. The state may not be used again."""
+        """Give the caches back; no step is in flight. The state may not be used again."""
 
     def export_blocks(self, state: State, layer: int, blocks: Sequence[int]) -> Pending:
         """Async. Copies of blocks (or state slots) in canonical form: a tuple of host arrays [n, ...].

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from core.block_manager import BlockManager
 from core.contract.batch import StepLayout
 from core.contract.errors import EngineDead, RequestError, UnsupportedError
+from core.contract.requests import ObserverRequest
 from core.contract.spec import BackendSpec
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget, block_groups, check_layers
 from core.engine.metrics import EngineMetrics
+from core.engine.observers import Observers
 from core.engine.resolve import Resolution, choose_dtype
 from core.engine.trace import StepTrace, decision
 from core.env import debug_level
@@ -45,6 +47,7 @@ class _Opened:
     reason: str
     model: ModelConfig
     executor: Executor
+    observers: Observers
 
 
 def _open(config: EngineConfig, plugins: Plugins | None) -> _Opened:
@@ -61,7 +64,8 @@ def _open(config: EngineConfig, plugins: Plugins | None) -> _Opened:
         check_checkpoint(definition, model, checkpoint)
     kind = MultiprocessExecutor if config.tensor_parallel > 1 else InlineExecutor
     backend = plugins.backend(spec.name)
-    return _Opened(backend, selection.reason, model, kind(config, backend))
+    observers = Observers(plugins.observers(ObserverRequest(engine=config.model.name)))
+    return _Opened(backend, selection.reason, model, kind(config, backend), observers)
 
 
 def _check_ranks(config: EngineConfig, spec: BackendSpec) -> None:
@@ -124,7 +128,7 @@ class Engine:
         self._dead: BaseException | None = None
         opened = _open(config, plugins)
         self.backend, self.choice_reason, self.model = opened.backend, opened.reason, opened.model
-        self._executor = opened.executor
+        self._executor, self._observers = opened.executor, opened.observers
         try:
             self.resolution = self._executor.resolve(self.choice_reason)
             for choice in self.resolution.choices:
@@ -253,7 +257,9 @@ class Engine:
             tokens = self._executor.wait(oldest)
             if self._trace is not None:
                 self._trace.result(oldest, tokens)
-            return self.scheduler.update(oldest, tokens.tokens)
+            events = self.scheduler.update(oldest, tokens.tokens)
+            self._observers.step_done(oldest, events)
+            return events
         except Exception as error:
             self._dead = error
             raise EngineDead(f"the engine stopped: {error}") from error
@@ -267,6 +273,7 @@ class Engine:
                 batch, sampling = self._builder.build(plan)
                 if self._trace is not None:
                     self._trace.batch(batch, plan)
+                self._observers.step_begun(plan)
                 self._executor.submit(batch, sampling, plan.copies)
             except KeyboardInterrupt as error:
                 # What was scheduled and what was submitted may differ now. A wait can be taken up again.

@@ -181,6 +181,9 @@ def _requests(config: EngineConfig, spec: BackendSpec, tokens: int) -> tuple[int
     limits = [
         limit for limit in (spec.batch.max_requests, ladder[-1] if ladder else None) if limit is not None
     ]
+    if spec.batch.mixed:
+        # Decode rows take their tokens first; what is left must hold a chunk, or prompts wait for them all.
+        limits.append(tokens - spec.batch.prefill_multiple + 1)
     requests = min([wanted, tokens, *limits])
     return requests, "the most that the backend takes" if requests < wanted else _given(
         config, "max_requests"

@@ -144,12 +144,7 @@ class RankWorker:
         return RankReport(self.device.memory().free_bytes, self._allocator.used_bytes() - before, report)
 
     def _join(self) -> Communicator:
-        spec, place = self._backend.spec, self._place
-        if spec.max_world_size < place.world_size:
-            raise UnsupportedError(
-                f"backend {spec.name!r} runs {spec.max_world_size} ranks at most, {place.world_size} were "
-                "asked for"
-            )
+        place = self._place
         return self._backend.communicator(
             CommunicatorRequest(
                 device=self.device,

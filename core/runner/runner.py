@@ -56,11 +56,6 @@ class Runner:
         self._pending: dict[int, DeviceTokens] = {}
         self._state = allocator.allocate_state(plan)
 
-    @property
-    def num_programs(self) -> int:
-        """Programs made so far: one per bucket, or one in all where any serves every shape."""
-        return len(self._programs)
-
     def _program(self, layout: StepLayout) -> Program:
         key = None if self._spec.shapes.kind == "dynamic" else layout.bucket
         program = self._programs.get(key)

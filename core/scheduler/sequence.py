@@ -7,7 +7,6 @@ arrays indexed by slot, so a step touches all decoding sequences with a few arra
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -147,8 +146,3 @@ class SlotTable:
             sequence.slot = -1
         self.sequences[slot] = None
         self.epoch[slot] += 1
-
-
-def as_ids(ids: Ids[int]) -> tuple[int, ...]:
-    """Token ids as the plain ints that a record keeps."""
-    return tuple(int(i) for i in ids)

@@ -144,6 +144,8 @@ def test_the_backends_limits_bound_the_length(limit: dict[str, object], length: 
         ({"batch": BatchRules(max_requests=16, max_tokens=512)}, 16, 512),
         ({"shapes": ShapeRules(kind="static", request_buckets=(4, 8), token_buckets=(32, 128))}, 8, 128),
         ({"shapes": ShapeRules(kind="static", token_buckets=(6,))}, 6, 6),
+        ({"batch": BatchRules(max_tokens=128, prefill_multiple=100)}, 29, 128),
+        ({"batch": BatchRules(max_tokens=128, prefill_multiple=100, mixed=False)}, 64, 128),
         ({}, 64, 2048),
     ],
 )
@@ -153,8 +155,8 @@ def test_rows_and_tokens_of_a_step_are_bounded_by_the_backend(
     found = resolve(config(), facts(**limit))  # type: ignore[arg-type]
     assert (found.max_requests, found.max_batch_tokens) == (requests, tokens)
     assert found.cache.plan.max_requests == requests
-    reason = "the most that the backend takes" if limit else "default"
-    assert why(found, "max_requests") == why(found, "max_batch_tokens") == reason
+    for name, value, default in (("max_requests", requests, 64), ("max_batch_tokens", tokens, 2048)):
+        assert why(found, name) == ("default" if value == default else "the most that the backend takes")
 
 
 def test_blocks_come_in_the_multiples_that_the_backend_wants() -> None:

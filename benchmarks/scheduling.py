@@ -48,7 +48,13 @@ def make(waiting: int) -> tuple[Scheduler, BatchBuilder]:
     scheduler = Scheduler(config, spec.batch, blocks)
     buffers = [np.zeros(2_000_000, np.int32) for _ in range(2)]
     builder = BatchBuilder(
-        plan, spec.batch, Buckets(spec, plan, BUDGET, MAX_LEN), scheduler.table, blocks, buffers
+        plan,
+        spec.batch,
+        Buckets(spec, plan, BUDGET, MAX_LEN),
+        scheduler.table,
+        blocks,
+        buffers,
+        vocab_size=1000,
     )
     rng = np.random.default_rng(0)
     params = SamplingParams(temperature=0, max_tokens=MAX_LEN - 600)

@@ -306,11 +306,19 @@ class SamplingBatch:
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """Result of sampling on the host: tokens int32 [n]; where asked, float32 [n] logprob of the token and the
-    top ones.
+    """Result of sampling on the host.
+
+    Attributes:
+        tokens: int32 [n].
+        logprobs: where a row asked for them, float32 [n]: log-softmax of the raw logits at the token; NaN in
+            rows that did not ask.
+        ranks: int32 [n]: 1 + how many ids have a larger raw logit than the token.
+        top_ids, top_logprobs: int32 and float32 [n, k], k = the most that a row asked for: the largest raw
+            logits' ids, ties to the lower id, and their log-softmax.
     """
 
     tokens: Any
     logprobs: Any = None
+    ranks: Any = None
     top_ids: Any = None
     top_logprobs: Any = None

@@ -185,7 +185,9 @@ class Engine:
         buckets = Buckets(spec, plan, self.resolution.max_batch_tokens, self.max_model_len)
         size = max(StepLayout.of(b, plan, spec.batch).size for b in buckets.largest())
         buffers = [self._executor.host_buffer(size) for _ in range(self._overlap + 1)]
-        self._builder = BatchBuilder(plan, spec.batch, buckets, self.scheduler.table, self.blocks, buffers)
+        self._builder = BatchBuilder(
+            plan, spec.batch, buckets, self.scheduler.table, self.blocks, buffers, self.model.vocab_size
+        )
         beforehand = list(buckets.warm_up()) if config.warm_up or spec.shapes.kind == "static" else []
         decision(f"{len(beforehand)} programs compiled beforehand; {spec.shapes.kind} shapes")
         decision(f"ops that run as composites: {', '.join(self.report.inherited) or 'none'}")
@@ -213,6 +215,7 @@ class Engine:
         wrong = next((i for i in prompt_ids if not 0 <= i < vocab), None)
         if wrong is not None:
             raise RequestError(f"prompt token id {wrong} is outside the vocabulary of {vocab} ids")
+        params.check_ids(vocab, self.model.eos_token_ids)
         now = self._clock()
         request = Request(
             request_id=request_id,
@@ -257,7 +260,7 @@ class Engine:
             tokens = self._executor.wait(oldest)
             if self._trace is not None:
                 self._trace.result(oldest, tokens)
-            events = self.scheduler.update(oldest, tokens.tokens)
+            events = self.scheduler.update(oldest, tokens.tokens, tokens)
             self._observers.step_done(oldest, events)
             return events
         except Exception as error:

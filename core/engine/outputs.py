@@ -34,6 +34,7 @@ class CompletionOutput:
     Attributes:
         finish_reason: "stop", "length", "abort", "deadline"; None while it runs.
         stop_reason: the stop id or text that ended it; None for the model's own end of sequence.
+        logprobs: of each token, by id: the token's and those of the most likely ones; None = not asked for.
     """
 
     index: int
@@ -42,6 +43,13 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: tuple[dict[int, Logprob], ...] | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Sum over the tokens; None where log-probabilities were not asked for."""
+        if self.logprobs is None:
+            return None
+        return sum(f[i].logprob for i, f in zip(self.token_ids, self.logprobs, strict=True))
 
 
 @dataclass(frozen=True)

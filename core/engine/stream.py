@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from core.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from core.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from core.scheduler import Event, Request
 from core.tokenizer import IncrementalDetokenizer, Tokenizer
 
@@ -18,7 +18,7 @@ class StreamEvent(NamedTuple):
         choice: index among the request's continuations.
         cached_tokens: prompt tokens found in the prefix cache.
         finish_reason: None while it runs. stop_reason: the id that ended it.
-        num_preemptions: so far.
+        num_preemptions: so far. logprobs: the fields of a TokenLogprobs, where they were asked for.
     """
 
     request_id: str
@@ -28,13 +28,16 @@ class StreamEvent(NamedTuple):
     finish_reason: str | None = None
     stop_reason: int | None = None
     num_preemptions: int = 0
+    logprobs: tuple[float, int, tuple[int, ...], tuple[float, ...]] | None = None
 
 
 def stream_event(event: Event) -> StreamEvent:
     """The part of a scheduler's event that streams need."""
     s = event.sequence
     if not event.finished:
-        return StreamEvent(s.request.request_id, s.choice, event.token, s.cached_tokens)
+        name, found = s.request.request_id, event.logprobs
+        plain = None if found is None else tuple(found)
+        return StreamEvent(name, s.choice, event.token, s.cached_tokens, logprobs=plain)  # type: ignore[arg-type]
     return StreamEvent(
         s.request.request_id,
         s.choice,
@@ -55,7 +58,9 @@ class _Choice:
         self.text = ""
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._stop = params.stop
+        self._keeps_stop = params.include_stop_str_in_output
         self._searched = 0
         self._detokenizer = (
             IncrementalDetokenizer(tokenizer, request.prompt_ids, params.skip_special_tokens)
@@ -75,7 +80,7 @@ class _Choice:
         found = [(at, stop) for stop in self._stop if (at := self.text.find(stop, self._searched)) >= 0]
         if found:
             at, stop = min(found)
-            self.text = self.text[:at]
+            self.text = self.text[: at + len(stop) if self._keeps_stop else at]
             return stop
         longest = max((len(s) for s in self._stop), default=1)
         self._searched = max(0, len(self.text) - longest + 1)
@@ -90,6 +95,16 @@ class _Choice:
         self.finish_reason = reason
         if self.stop_reason is None:
             self.stop_reason = stop
+
+
+def _logprobs(
+    token: int, logprob: float, rank: int, top_ids: tuple[int, ...], top_logprobs: tuple[float, ...]
+) -> dict[int, Logprob]:
+    """By id: the most likely ones in falling order, and the token drawn."""
+    top = zip(top_ids, top_logprobs, strict=True)
+    found = {i: Logprob(value, place) for place, (i, value) in enumerate(top, start=1)}
+    found.setdefault(token, Logprob(logprob, rank))
+    return found
 
 
 class RequestStream:
@@ -138,6 +153,8 @@ class RequestStream:
         if event.token >= 0:
             if self._first_token_s is None:
                 self._first_token_s = self._clock() - self._start
+            if choice.logprobs is not None and event.logprobs is not None:
+                choice.logprobs.append(_logprobs(event.token, *event.logprobs))
             stop = choice.add(event.token)
             if stop is not None:
                 choice.stop_reason = stop
@@ -156,7 +173,14 @@ class RequestStream:
             prompt=self._prompt,
             prompt_token_ids=self.request.prompt_ids,
             outputs=tuple(
-                CompletionOutput(i, c.text, tuple(c.ids), c.finish_reason, c.stop_reason)
+                CompletionOutput(
+                    i,
+                    c.text,
+                    tuple(c.ids),
+                    c.finish_reason,
+                    c.stop_reason,
+                    None if c.logprobs is None else tuple(c.logprobs),
+                )
                 for i, c in enumerate(self._choices)
             ),
             finished=self.finished,

@@ -16,6 +16,7 @@ from core.contract.batch import PREFILL, Int32, StepBatch, StepLayout
 from core.contract.spec import BatchRules
 from core.contract.types import Bucket, CachePlan, Outputs, SamplingBatch
 from core.runner.buckets import Buckets
+from core.runner.sampling import sampling_batch
 from core.scheduler.plan import PrefillRow, StepPlan
 from core.scheduler.sequence import SlotTable
 
@@ -39,6 +40,7 @@ class BatchBuilder:
         table: SlotTable,
         blocks: BlockManager,
         buffers: list[Int32],
+        vocab_size: int,
     ) -> None:
         self._plan = plan
         self._rules = rules
@@ -46,6 +48,7 @@ class BatchBuilder:
         self._table = table
         self._blocks = blocks
         self._buffers = buffers
+        self._vocab_size = vocab_size
         self._layouts: dict[Bucket, tuple[StepLayout, list[Views | None]]] = {}
         self._paged = [g for g, group in enumerate(plan.groups) if group.kind != "state"]
         self._state = [g for g, group in enumerate(plan.groups) if group.kind == "state"]
@@ -79,7 +82,7 @@ class BatchBuilder:
             views[f"checkpoint_slot.{c.group}"][c.row] = c.slot
         views["counts"][:] = (batch.num_tokens, batch.num_requests, batch.num_decodes, num_samples)
         slots = np.concatenate([step.decode, samples]) if len(samples) else step.decode
-        return batch, self._sampling(slots)
+        return batch, sampling_batch(self._table, slots, self._vocab_size)
 
     def _layout(
         self, step: StepPlan, num_samples: int, outputs: Outputs
@@ -180,15 +183,3 @@ class BatchBuilder:
         for g in self._state:
             v[f"state_read.{g}"][r] = self._blocks.state_source(row.slot, g, row.start)
             v[f"state_write.{g}"][r] = self._blocks.state_slots[g][row.slot]
-
-    def _sampling(self, slots: Int32) -> SamplingBatch:
-        t = self._table
-        return SamplingBatch(
-            temperature=t.temperature[slots],
-            top_k=t.top_k[slots],
-            top_p=t.top_p[slots],
-            min_p=t.min_p[slots],
-            seed=t.seed[slots],
-            position=t.computed[slots],
-            choice=t.choice[slots],
-        )

@@ -74,7 +74,11 @@ def allowed(scaled: Float32, top_k: int, top_p: float, min_p: float) -> npt.NDAr
 
 
 def sample(logits: Float32, sampling: SamplingBatch) -> SampledTokens:
-    """Draw one token per row: logits float32 [n, V] -> SampledTokens with tokens int32 [n]."""
+    """Draw one token per row: logits float32 [n, V] -> SampledTokens with tokens int32 [n].
+
+    Whoever makes the batch sees to it that each row allows a token.
+    """
+    raw, logits = logits, _permitted(logits, sampling)
     tokens = logits.argmax(-1).astype(np.int32)
     for i in np.flatnonzero(np.asarray(sampling.temperature) > 0):
         scaled = logits[i] / np.float32(sampling.temperature[i])
@@ -83,4 +87,49 @@ def sample(logits: Float32, sampling: SamplingBatch) -> SampledTokens:
             int(sampling.seed[i]), int(sampling.position[i]), int(sampling.choice[i]), logits.shape[1]
         )
         tokens[i] = np.argmax(np.where(keep, scaled + noise, -np.inf))
-    return SampledTokens(tokens)
+    return _with_logprobs(tokens, raw, sampling)
+
+
+def _permitted(logits: Float32, sampling: SamplingBatch) -> Float32:
+    """Logits with biases added, and -inf where an id is not allowed."""
+    if sampling.bias_start is None and sampling.bitmask is None:
+        return logits
+    found: Float32 = logits.astype(np.float32)
+    if sampling.bias_start is not None:
+        rows = np.repeat(np.arange(len(found)), np.diff(sampling.bias_start))
+        found[rows, sampling.bias_ids] += sampling.bias_values
+    if sampling.bitmask is not None:
+        bits = np.unpackbits(
+            np.asarray(sampling.bitmask, np.uint32).view(np.uint8), axis=-1, bitorder="little"
+        )
+        found[bits[:, : found.shape[1]] == 0] = -np.inf
+    return found
+
+
+def _with_logprobs(tokens: npt.NDArray[np.int32], raw: Float32, sampling: SamplingBatch) -> SampledTokens:
+    """What rows that ask for it get to know of the raw logits."""
+    wanted = sampling.logprobs
+    if wanted is None or (np.asarray(wanted) < 0).all():
+        return SampledTokens(tokens)
+    n, k = len(tokens), int(np.max(wanted))
+    logprobs, ranks = np.full(n, np.nan, np.float32), np.zeros(n, np.int32)
+    top_ids, top = np.zeros((n, k), np.int32), np.full((n, k), np.nan, np.float32)
+    for i in np.flatnonzero(np.asarray(wanted) >= 0):
+        row = raw[i].astype(np.float64)
+        peak = row.max()
+        normal = row - (peak + np.log(np.exp(row - peak).sum()))
+        logprobs[i] = normal[tokens[i]]
+        ranks[i] = 1 + np.count_nonzero(raw[i] > raw[i][tokens[i]])
+        top_ids[i] = _largest(raw[i], k)
+        top[i] = normal[top_ids[i]]
+    return SampledTokens(tokens, logprobs, ranks, top_ids, top)
+
+
+def _largest(row: Float32, k: int) -> npt.NDArray[np.int32]:
+    """Ids of the k largest values, in falling order, ties to the lower id."""
+    if k == 0:
+        return np.zeros(0, np.int32)
+    least = np.partition(row, -k)[-k]
+    candidates = np.flatnonzero(row >= least)
+    order = np.argsort(-row[candidates], kind="stable")[:k]
+    return candidates[order].astype(np.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from core.contract.batch import Int32
 from core.scheduler.sequence import Sequence
@@ -27,6 +27,15 @@ class SchedulerConfig:
     policy: Literal["fcfs", "priority"] = "fcfs"
 
 
+class TokenLogprobs(NamedTuple):
+    """Log-probability and rank of a token, and the most likely ids with theirs."""
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Event:
     """Something a user sees: a new token (-1 = none), or the end, of a sequence."""
@@ -34,6 +43,7 @@ class Event:
     sequence: Sequence
     token: int
     finished: bool
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from core.block_manager import BlockManager
 from core.contract.batch import Int32
 from core.contract.errors import ConfigError, QueueFullError, RequestError
 from core.contract.spec import BatchRules
+from core.contract.types import SampledTokens
 from core.scheduler.plan import Checkpoint, PrefillRow, StepPlan
-from core.scheduler.records import Counters, Event, InFlight, SchedulerConfig
+from core.scheduler.records import Counters, Event, InFlight, SchedulerConfig, TokenLogprobs
 from core.scheduler.sequence import Request, Sequence, SlotTable, Status
 from core.scheduler.waiting import Deadlines, WaitingQueue
 
@@ -511,8 +512,10 @@ class Scheduler:
 
     # Results in
 
-    def update(self, step_id: int, tokens: Int32) -> list[Event]:
+    def update(self, step_id: int, tokens: Int32, sampled: SampledTokens | None = None) -> list[Event]:
         """Take the tokens of the oldest step in flight, in the order of the plan's samples; events in order.
+
+        `sampled` has the log-probabilities of those rows that asked for them.
 
         Raises:
             ValueError: it is not the oldest step, or the number of tokens is wrong.
@@ -531,16 +534,18 @@ class Scheduler:
         accepted = np.asarray(tokens, np.int32)[live]
         self.table.tokens[slots, self.table.known[slots]] = accepted
         self.table.known[slots] += 1
-        for slot, token in zip(slots.tolist(), accepted.tolist(), strict=True):
+        has_logprobs = sampled is not None and sampled.logprobs is not None
+        rows = np.flatnonzero(live).tolist() if has_logprobs else ()
+        for i, (slot, token) in enumerate(zip(slots.tolist(), accepted.tolist(), strict=True)):
             sequence = self.table.sequences[slot]
             if sequence is not None:
-                self._accept(sequence, token)
+                self._accept(sequence, token, _logprobs(sequence, sampled, rows[i]) if rows else None)
         return self.take_events()
 
-    def _accept(self, sequence: Sequence, token: int) -> None:
+    def _accept(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         sequence.output_ids.append(token)
         self.counters.generated_tokens += 1
-        self._events.append(Event(sequence, token, False))
+        self._events.append(Event(sequence, token, False, logprobs))
         params = sequence.request.params
         is_eos = token in sequence.request.eos_ids and not params.ignore_eos
         if is_eos or token in params.stop_token_ids:
@@ -566,6 +571,18 @@ class Scheduler:
             slot, end = int(slots[i]), int(after[i])
             self.blocks.commit(slot, self.table.tokens[slot, :end], end)
             self.blocks.trim_window(slot, end, self._newest_step)
+
+
+def _logprobs(sequence: Sequence, sampled: SampledTokens | None, row: int) -> TokenLogprobs | None:
+    wanted = sequence.request.params.logprobs
+    if wanted is None or sampled is None:
+        return None
+    return TokenLogprobs(
+        float(sampled.logprobs[row]),
+        int(sampled.ranks[row]),
+        tuple(sampled.top_ids[row, :wanted].tolist()),
+        tuple(sampled.top_logprobs[row, :wanted].tolist()),
+    )
 
 
 def _key_of(sequence: Sequence | None) -> tuple[int, int, int]:

@@ -100,7 +100,8 @@ class SlotTable:
             once every submitted step is done. limit: tokens at which the sequence ends.
         confirmed: computed tokens of steps that were waited for.
         epoch: goes up when the slot changes hands, so results of older steps are recognised.
-        temperature .. choice: the sampling parameters of the slot's sequence.
+        temperature .. choice: the sampling parameters of the slot's sequence. special: by slot, those
+            sequences that have others.
     """
 
     def __init__(self, max_requests: int, max_model_len: int) -> None:
@@ -120,6 +121,7 @@ class SlotTable:
         self.seed: npt.NDArray[np.uint64] = np.zeros(max_requests, np.uint64)
         self.choice: Int32 = np.zeros(max_requests, np.int32)
         self.sequences: list[Sequence | None] = [None] * max_requests
+        self.special: dict[int, Sequence] = {}
 
     def open(self, slot: int, sequence: Sequence, limit: int, computed: int) -> None:
         """Give a slot to a sequence of which `computed` tokens are already in the cache."""
@@ -137,6 +139,8 @@ class SlotTable:
         self.choice[slot] = sequence.choice
         self.last_step[slot] = -1
         self.sequences[slot] = sequence
+        if not params.is_plain:
+            self.special[slot] = sequence
         sequence.slot = slot
 
     def close(self, slot: int) -> None:
@@ -145,4 +149,5 @@ class SlotTable:
         if sequence is not None:
             sequence.slot = -1
         self.sequences[slot] = None
+        self.special.pop(slot, None)
         self.epoch[slot] += 1

@@ -34,7 +34,7 @@ class Growth:
         self._sent = [0] * params.n
         self._tokens = [0] * params.n
         self._done = [False] * params.n
-        self._stops = () if getattr(params, "include_stop_str_in_output", False) else params.stop
+        self._stops = () if params.include_stop_str_in_output else params.stop
 
     def take(self, output: CompletionOutput) -> Delta | None:
         """What is new; None where nothing is."""

@@ -107,8 +107,6 @@ _NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
     "bad_words": (),
-    "min_tokens": 0,
-    "include_stop_str_in_output": False,
 }
 """Values of parameters that change nothing; None for those that are not here."""
 

@@ -377,7 +377,7 @@ class World:
         self.buckets = Buckets(profile.spec, self.plan, profile.max_tokens, profile.max_len)
         buffers = [np.full(30_000, GARBAGE, np.int32) for _ in range(depth + 1)]
         self.builder = BatchBuilder(
-            self.plan, rules, self.buckets, self.scheduler.table, self.blocks, buffers
+            self.plan, rules, self.buckets, self.scheduler.table, self.blocks, buffers, vocab_size=1000
         )
         self.device = Device(self.plan, seed)
         self.clients: dict[str, Client] = {}

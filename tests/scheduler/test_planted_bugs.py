@@ -103,25 +103,25 @@ swap_rows = after_decode_rows(_swap_rows)
 
 
 def shift_sampling_positions(patch: pytest.MonkeyPatch) -> None:
-    sampling = BatchBuilder._sampling
+    sampling = builder_module.sampling_batch
 
-    def wrong(self: BatchBuilder, slots: Any) -> SamplingBatch:
-        found = sampling(self, slots)
+    def wrong(*args: Any) -> SamplingBatch:
+        found = sampling(*args)
         found.position[:] = np.roll(found.position, 1)
         return found
 
-    patch.setattr(BatchBuilder, "_sampling", wrong)
+    patch.setattr(builder_module, "sampling_batch", wrong)
 
 
 def swap_seeds(patch: pytest.MonkeyPatch) -> None:
-    sampling = BatchBuilder._sampling
+    sampling = builder_module.sampling_batch
 
-    def wrong(self: BatchBuilder, slots: Any) -> SamplingBatch:
-        found = sampling(self, slots)
+    def wrong(*args: Any) -> SamplingBatch:
+        found = sampling(*args)
         found.seed[:] = found.seed[::-1].copy()
         return found
 
-    patch.setattr(BatchBuilder, "_sampling", wrong)
+    patch.setattr(builder_module, "sampling_batch", wrong)
 
 
 def skip_padding(patch: pytest.MonkeyPatch) -> None:
@@ -135,8 +135,8 @@ def leave_optional_fields(patch: pytest.MonkeyPatch) -> None:
 def use_one_host_buffer(patch: pytest.MonkeyPatch) -> None:
     init = BatchBuilder.__init__
 
-    def wrong(self: BatchBuilder, *args: Any) -> None:
-        init(self, *args)
+    def wrong(self: BatchBuilder, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
         self._buffers = self._buffers[:1]
 
     patch.setattr(BatchBuilder, "__init__", wrong)

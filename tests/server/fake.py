@@ -106,7 +106,7 @@ class FakeEngine:
                     text, reason, stop = text[: text.index(s)], "stop", s
             new = tuple(ord(c) for c in self.reply[:size])
             found = None
-            if getattr(params, "logprobs", None) is not None:
+            if params.logprobs is not None:
                 found = tuple({t: Logprob(-0.5, 1, chr(t)), 33: Logprob(-1.5, 2, "!")} for t in new)
             outputs.append(CompletionOutput(i, text, new, reason, stop, found))
             finished = finished and reason is not None

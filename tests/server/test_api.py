@@ -229,13 +229,8 @@ def test_a_request_that_fails_ends_the_other_prompts_of_its_job(connect: Connect
         ("presence_penalty", 0.5),
         ("frequency_penalty", 0.5),
         ("repetition_penalty", 1.2),
-        ("logit_bias", {"5": 1.0}),
-        ("allowed_token_ids", [5]),
         ("bad_words", ["x"]),
-        ("logprobs", 1),
         ("prompt_logprobs", 1),
-        ("min_tokens", 2),
-        ("include_stop_str_in_output", True),
     ],
 )
 def test_a_parameter_that_the_engine_does_not_have_is_refused_and_not_ignored(
@@ -246,3 +241,44 @@ def test_a_parameter_that_the_engine_does_not_have_is_refused_and_not_ignored(
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == f"{field} is not supported by this engine; leave it out"
     assert not engine.asked
+
+
+def test_log_probabilities_are_written_as_each_endpoint_has_them(connect: Connect) -> None:
+    answer = post(connect(), "/v1/completions", prompt="xy", logprobs=1, max_tokens=2).json()
+    choice = answer["choices"][0]
+    assert choice["logprobs"]["tokens"] == ["a", "b"]
+    assert choice["logprobs"]["token_logprobs"] == [-0.5, -0.5]
+    assert choice["logprobs"]["top_logprobs"][0] == {"a": -0.5, "!": -1.5}
+    assert choice["logprobs"]["text_offset"] == [0, 1]
+    chat = post(connect(), "/v1/chat/completions", **CHAT, logprobs=True, top_logprobs=2, max_tokens=1).json()
+    content = chat["choices"][0]["logprobs"]["content"]
+    assert [c["token"] for c in content] == ["a"] and content[0]["bytes"] == [97]
+    assert [t["token"] for t in content[0]["top_logprobs"]] == ["a", "!"]
+
+
+def test_every_parameter_reaches_the_engine(connect: Connect) -> None:
+    engine = FakeEngine()
+    sent = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "seed": 3,
+        "min_tokens": 1,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
+        "logprobs": 2,
+        "max_tokens": 5,
+        "n": 2,
+    }
+    lists = {"stop_token_ids": [4], "allowed_token_ids": [1, 2], "stop": ["s"]}
+    extra = {"priority": 2, "cache_salt": "me", "queue_timeout": 3.0, "timeout": 9.0}
+    post(connect(engine), "/v1/completions", prompt="x", **sent, **lists, **extra, logit_bias={"5": -1.0})
+    _, params, priority, salt, queue_timeout, timeout = engine.asked[0]
+    for name, value in sent.items():
+        assert getattr(params, name) == value, name
+    for name, values in lists.items():
+        assert tuple(getattr(params, name)) == tuple(values), name
+    assert params.logit_bias == {5: -1.0}
+    assert (priority, salt, queue_timeout, timeout) == (2, "me", 3.0, 9.0)

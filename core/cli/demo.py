@@ -142,6 +142,7 @@ async def _talk(console: Console, client: Client, max_tokens: int) -> _Board:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
+        board.take(await client.metrics())
         live.update(board.picture(console.size), refresh=True)
     if not console.is_terminal:
         console.print()

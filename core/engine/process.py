@@ -91,7 +91,11 @@ class EngineProcess:
         """Start an engine and serve; the exit status. The first failure is sent with its phase."""
         engine: Engine | None = None
         try:
-            engine = Engine(config, progress=self._progress)
+            engine = Engine(
+                config,
+                progress=self._progress,
+                on_resolved=lambda found: self._send(Progress(found.summary())),
+            )
             self._send(Ready(_facts(engine), engine.metrics()))
             self._phase = "serving"
             self.serve(engine)

@@ -278,5 +278,35 @@ def test_a_model_that_cannot_be_served_ends_the_command_with_its_reason(tmp_path
     assert "Traceback" not in done.stderr
 
 
+def test_what_the_memory_buys_is_told_before_loading(folder: Path) -> None:
+    process = subprocess.Popen(
+        [
+            *COMMAND,
+            str(folder),
+            "--backend",
+            "null",
+            "--dtype",
+            "float32",
+            "--port",
+            "0",
+            "--max-model-len",
+            "64",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("serving "):
+            break
+    process.terminate()
+    process.communicate(timeout=30)
+    told = [i for i, line in enumerate(lines) if "blocks of 16" in line and "requests of 64 tokens" in line]
+    loading = [i for i, line in enumerate(lines) if line.startswith("loading weights")]
+    assert told and loading and told[0] < loading[0]
+
+
 def _port(server: Server) -> str:
     return server.url.removesuffix("/v1").rsplit(":", 1)[1]

@@ -38,6 +38,9 @@ from core.scheduler import Event, Request, Scheduler, SchedulerConfig
 from core.weights.checkpoint import open_checkpoint
 from core.weights.loader import Progress, check_checkpoint
 
+_LOGIT_BYTES = 128 * 2**20
+"""Logits, in float32 on the host, of a step of which those of all tokens are wanted, at most."""
+
 
 @dataclass(frozen=True)
 class _Opened:
@@ -173,6 +176,10 @@ class Engine:
                 max_model_len=self.max_model_len,
                 max_batch_tokens=self.resolution.max_batch_tokens,
                 max_waiting=config.max_waiting,
+                max_logit_tokens=max(
+                    _LOGIT_BYTES // (4 * self.model.vocab_size),
+                    plan.max_requests + spec.batch.prefill_multiple,
+                ),
                 policy=config.policy,
             ),
             spec.batch,
@@ -216,6 +223,14 @@ class Engine:
         if wrong is not None:
             raise RequestError(f"prompt token id {wrong} is outside the vocabulary of {vocab} ids")
         params.check_ids(vocab, self.model.eos_token_ids)
+        if params.prompt_logprobs is not None:
+            if self.backend.spec.shapes.kind == "static":
+                raise RequestError(
+                    "prompt_logprobs needs the logits of all tokens, for which backend "
+                    f"{self.backend.name!r} has no compiled shape; leave it out"
+                )
+            # A cached prefix has no logits, so such a request shares with nobody.
+            salt = f"{salt}\0{secrets.token_hex(16)}"
         now = self._clock()
         request = Request(
             request_id=request_id,
@@ -257,10 +272,11 @@ class Engine:
             oldest = self.scheduler.oldest_step
             if oldest is None:
                 return self.scheduler.take_events()
-            tokens = self._executor.wait(oldest)
+            result = self._executor.wait(oldest)
+            sampled = result.sampled
             if self._trace is not None:
-                self._trace.result(oldest, tokens)
-            events = self.scheduler.update(oldest, tokens.tokens, tokens)
+                self._trace.result(oldest, sampled)
+            events = self.scheduler.update(oldest, sampled.tokens, sampled, result.prompts)
             self._observers.step_done(oldest, events)
             return events
         except Exception as error:
@@ -277,7 +293,7 @@ class Engine:
                 if self._trace is not None:
                     self._trace.batch(batch, plan)
                 self._observers.step_begun(plan)
-                self._executor.submit(batch, sampling, plan.copies)
+                self._executor.submit(batch, sampling, plan.copies, plan.prompts)
             except KeyboardInterrupt as error:
                 # What was scheduled and what was submitted may differ now. A wait can be taken up again.
                 self._dead = EngineDead("it was interrupted while a step was being submitted")

@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 from core.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from core.scheduler import Event, Request
+from core.scheduler.records import TokenLogprobs
 from core.tokenizer import IncrementalDetokenizer, Tokenizer
+
+PlainLogprobs = tuple[float, int, tuple[int, ...], tuple[float, ...]]
 
 
 class StreamEvent(NamedTuple):
@@ -19,6 +22,7 @@ class StreamEvent(NamedTuple):
         cached_tokens: prompt tokens found in the prefix cache.
         finish_reason: None while it runs. stop_reason: the id that ended it.
         num_preemptions: so far. logprobs: the fields of a TokenLogprobs, where they were asked for.
+        prompt_logprobs: the same of the prompt's tokens, with the first token.
     """
 
     request_id: str
@@ -28,16 +32,23 @@ class StreamEvent(NamedTuple):
     finish_reason: str | None = None
     stop_reason: int | None = None
     num_preemptions: int = 0
-    logprobs: tuple[float, int, tuple[int, ...], tuple[float, ...]] | None = None
+    logprobs: PlainLogprobs | None = None
+    prompt_logprobs: tuple[PlainLogprobs | None, ...] | None = None
 
 
 def stream_event(event: Event) -> StreamEvent:
     """The part of a scheduler's event that streams need."""
     s = event.sequence
     if not event.finished:
-        name, found = s.request.request_id, event.logprobs
-        plain = None if found is None else tuple(found)
-        return StreamEvent(name, s.choice, event.token, s.cached_tokens, logprobs=plain)  # type: ignore[arg-type]
+        prompt = event.prompt_logprobs
+        return StreamEvent(
+            s.request.request_id,
+            s.choice,
+            event.token,
+            s.cached_tokens,
+            logprobs=_plain(event.logprobs),
+            prompt_logprobs=None if prompt is None else tuple(map(_plain, prompt)),
+        )
     return StreamEvent(
         s.request.request_id,
         s.choice,
@@ -47,6 +58,10 @@ def stream_event(event: Event) -> StreamEvent:
         s.stop_reason,
         s.num_preemptions,
     )
+
+
+def _plain(found: TokenLogprobs | None) -> PlainLogprobs | None:
+    return None if found is None else (found.logprob, found.rank, found.top_ids, found.top_logprobs)
 
 
 class _Choice:
@@ -132,6 +147,7 @@ class RequestStream:
         self._first_token_s: float | None = None
         self._total_s: float | None = None
         self._cached = 0
+        self._prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
         self._preemptions = 0
 
     @property
@@ -153,6 +169,12 @@ class RequestStream:
         if event.token >= 0:
             if self._first_token_s is None:
                 self._first_token_s = self._clock() - self._start
+            if event.prompt_logprobs is not None:
+                ids = self.request.prompt_ids
+                self._prompt_logprobs = tuple(
+                    None if found is None else _logprobs(i, *found)
+                    for i, found in zip(ids, event.prompt_logprobs, strict=True)
+                )
             if choice.logprobs is not None and event.logprobs is not None:
                 choice.logprobs.append(_logprobs(event.token, *event.logprobs))
             stop = choice.add(event.token)
@@ -186,4 +208,5 @@ class RequestStream:
             finished=self.finished,
             num_cached_tokens=self._cached,
             metrics=RequestMetrics(self._first_token_s, self._total_s, self._preemptions),
+            prompt_logprobs=self._prompt_logprobs,
         )

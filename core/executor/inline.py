@@ -7,12 +7,14 @@ from contextlib import closing
 
 from core.block_manager import BlockCopy
 from core.contract.batch import Int32, StepBatch
-from core.contract.types import Bucket, SampledTokens, SamplingBatch
+from core.contract.types import Bucket, SamplingBatch
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget
 from core.engine.resolve import Resolution
 from core.executor.rank import Executor, RankPlace, RankReport, RankWorker
 from core.plugins import BackendHandle
+from core.runner.runner import StepResult
+from core.scheduler import PromptRow
 from core.weights.checkpoint import open_checkpoint
 from core.weights.loader import Progress
 
@@ -47,11 +49,17 @@ class InlineExecutor(Executor):
         """See Executor."""
         self._worker.runner.warm(buckets)
 
-    def submit(self, batch: StepBatch, sampling: SamplingBatch, copies: Sequence[BlockCopy]) -> None:
+    def submit(
+        self,
+        batch: StepBatch,
+        sampling: SamplingBatch,
+        copies: Sequence[BlockCopy],
+        prompts: Sequence[PromptRow] = (),
+    ) -> None:
         """See Executor."""
-        self._worker.runner.submit(batch, sampling, copies)
+        self._worker.runner.submit(batch, sampling, copies, prompts)
 
-    def wait(self, step_id: int) -> SampledTokens:
+    def wait(self, step_id: int) -> StepResult:
         """See Executor."""
         return self._worker.runner.wait(step_id)
 

@@ -20,7 +20,7 @@ import numpy as np
 from core.block_manager import BlockCopy
 from core.contract.batch import Int32, StepBatch, StepLayout
 from core.contract.errors import DeviceError
-from core.contract.types import Bucket, SampledTokens, SamplingBatch
+from core.contract.types import Bucket, SamplingBatch
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget
 from core.engine.resolve import Resolution
@@ -28,6 +28,8 @@ from core.executor.failure import Failure
 from core.executor.rank import Executor, RankPlace, RankReport, RankWorker
 from core.executor.wire import decode, encode
 from core.plugins import BackendHandle, Plugins
+from core.runner.runner import StepResult
+from core.scheduler import PromptRow
 from core.weights.checkpoint import open_checkpoint
 from core.weights.loader import Progress
 
@@ -77,14 +79,21 @@ class MultiprocessExecutor(Executor):
         """See Executor."""
         self._call("warm", tuple(buckets))
 
-    def submit(self, batch: StepBatch, sampling: SamplingBatch, copies: Sequence[BlockCopy]) -> None:
+    def submit(
+        self,
+        batch: StepBatch,
+        sampling: SamplingBatch,
+        copies: Sequence[BlockCopy],
+        prompts: Sequence[PromptRow] = (),
+    ) -> None:
         """See Executor."""
         counts = (batch.num_tokens, batch.num_requests, batch.num_decodes, batch.num_samples)
-        self._send("submit", batch.step_id, batch.bucket, counts, batch.flat, sampling, tuple(copies))
+        moves = tuple(copies)
+        self._send("submit", batch.step_id, batch.bucket, counts, batch.flat, sampling, moves, tuple(prompts))
 
-    def wait(self, step_id: int) -> SampledTokens:
+    def wait(self, step_id: int) -> StepResult:
         """See Executor."""
-        results: list[SampledTokens] = self._call("wait", step_id)
+        results: list[StepResult] = self._call("wait", step_id)
         return results[0]
 
     def close(self) -> None:
@@ -209,16 +218,17 @@ class _Worker:
         flat: Int32,
         sampling: SamplingBatch,
         copies: tuple[BlockCopy, ...],
+        prompts: tuple[PromptRow, ...],
     ) -> None:
         # A step that fails here is answered for when it is waited for, so commands and answers stay in step.
         try:
             layout = StepLayout.of(bucket, self._plan, self._rules)
             batch = StepBatch(step_id, layout, self._plan, flat.copy(), *counts)
-            self._rank.runner.submit(batch, sampling, copies)
+            self._rank.runner.submit(batch, sampling, copies, prompts)
         except Exception as error:
             self._failed[step_id] = error
 
-    def do_wait(self, step_id: int) -> SampledTokens:
+    def do_wait(self, step_id: int) -> StepResult:
         if step_id in self._failed:
             raise self._failed.pop(step_id)
         return self._rank.runner.wait(step_id)

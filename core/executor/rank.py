@@ -20,7 +20,7 @@ from core.contract.requests import (
     SamplerRequest,
 )
 from core.contract.spec import check_capabilities
-from core.contract.types import Bucket, SampledTokens, SamplingBatch
+from core.contract.types import Bucket, SamplingBatch
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget, check_layers
 from core.engine.resolve import Facts, Resolution, resolve
@@ -29,7 +29,8 @@ from core.models.config import ModelConfig
 from core.parallel.sharding import Shard
 from core.parallel.tensor_parallel import TensorParallelOps
 from core.plugins import BackendHandle
-from core.runner.runner import Runner
+from core.runner.runner import Runner, StepResult
+from core.scheduler import PromptRow
 from core.weights.checkpoint import Checkpoint
 from core.weights.loader import LoadedModel, Progress, load_model, weight_bytes
 
@@ -221,12 +222,18 @@ class Executor:
         """Compile buckets on every rank."""
         raise NotImplementedError
 
-    def submit(self, batch: StepBatch, sampling: SamplingBatch, copies: Sequence[BlockCopy]) -> None:
+    def submit(
+        self,
+        batch: StepBatch,
+        sampling: SamplingBatch,
+        copies: Sequence[BlockCopy],
+        prompts: Sequence[PromptRow] = (),
+    ) -> None:
         """Queue a step on every rank."""
         raise NotImplementedError
 
-    def wait(self, step_id: int) -> SampledTokens:
-        """The first rank's tokens, once all ranks are done with the step."""
+    def wait(self, step_id: int) -> StepResult:
+        """The first rank's result, once all ranks are done with the step."""
         raise NotImplementedError
 
     def close(self) -> None:

@@ -31,7 +31,9 @@ from core.engine.metrics import EngineMetrics
 from core.engine.resolve import Choice, Resolution
 from core.executor.failure import Failure
 from core.executor.rank import RankPlace, RankReport
+from core.runner.runner import StepResult
 from core.sampling.params import SamplingParams
+from core.scheduler import PromptRow
 
 _RECORDS: Mapping[str, type[Any]] = {
     record.__name__: record
@@ -47,6 +49,7 @@ _RECORDS: Mapping[str, type[Any]] = {
         EngineMetrics,
         Failure,
         Outputs,
+        PromptRow,
         RankPlace,
         RankReport,
         Resolution,
@@ -54,6 +57,7 @@ _RECORDS: Mapping[str, type[Any]] = {
         SamplingBatch,
         SamplingParams,
         StatePart,
+        StepResult,
         *MESSAGES,
     )
 }

@@ -58,7 +58,7 @@ class BatchBuilder:
         """The step's batch and sampling parameters, right after it was scheduled."""
         samples = np.array([s for row in step.prefills for s in row.samples], np.int32)
         num_samples = len(step.decode) + len(samples)
-        layout, cached = self._layout(step, num_samples, outputs or Outputs())
+        layout, cached = self._layout(step, num_samples, outputs or Outputs(all_logits=bool(step.prompts)))
         index = step.step_id % len(self._buffers)
         flat = self._buffers[index][: layout.size]
         views = cached[index]

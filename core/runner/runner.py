@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from core.block_manager import BlockCopy
 from core.contract.batch import StepBatch, StepLayout
@@ -15,13 +18,34 @@ from core.contract.interfaces import (
     Program,
     Sampler,
     StepFunction,
+    StepOutput,
 )
 from core.contract.ops import Ops
 from core.contract.spec import BackendSpec
 from core.contract.types import Bucket, CachePlan, Packed, SampledTokens, SamplingBatch
+from core.sampling.reference import logprobs_of
 from core.sampling.reference import sample as reference_sample
+from core.scheduler.plan import PromptRow
 
 Compile = Callable[[CompileRequest], Program]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave: tokens of the sampled rows, and log-probabilities of its prompt rows' targets."""
+
+    sampled: SampledTokens
+    prompts: tuple[SampledTokens, ...] = ()
+
+
+def _prompts(output: StepOutput, rows: tuple[PromptRow, ...]) -> tuple[SampledTokens, ...]:
+    logits = output.get()
+    found = []
+    for row in rows:
+        count = len(row.targets)
+        wanted = np.full(count, row.top, np.int32)
+        found.append(logprobs_of(row.targets, logits[row.first : row.first + count], wanted))
+    return tuple(found)
 
 
 class Runner:
@@ -53,7 +77,7 @@ class Runner:
         self._spec = spec
         self._programs: dict[Bucket | None, Program] = {}
         self._is_serving = False
-        self._pending: dict[int, DeviceTokens] = {}
+        self._pending: dict[int, tuple[DeviceTokens, StepOutput | None, tuple[PromptRow, ...]]] = {}
         self._state = allocator.allocate_state(plan)
 
     def _program(self, layout: StepLayout) -> Program:
@@ -87,7 +111,13 @@ class Runner:
             program = self._program(StepLayout.of(bucket, self._plan, self._spec.batch))
             self._state = program.warm(self._state)
 
-    def submit(self, batch: StepBatch, sampling: SamplingBatch, copies: Sequence[BlockCopy]) -> None:
+    def submit(
+        self,
+        batch: StepBatch,
+        sampling: SamplingBatch,
+        copies: Sequence[BlockCopy],
+        prompts: Sequence[PromptRow] = (),
+    ) -> None:
         """Queue a step on the device: block copies, forward pass, sampling."""
         for group in sorted({c.group for c in copies}):
             pairs = [(c.src, c.dst) for c in copies if c.group == group]
@@ -95,20 +125,27 @@ class Runner:
                 self._state, group, [src for src, _ in pairs], [dst for _, dst in pairs]
             )
         self._is_serving = True
-        tokens, self._state = self._program(batch.layout).run_and_sample(batch, sampling, self._state)
-        self._pending[batch.step_id] = tokens
+        program = self._program(batch.layout)
+        output: StepOutput | None = None
+        if prompts:
+            output, self._state = program.run(batch, self._state)
+            tokens, self._state = program.sample(output, batch, sampling, self._state)
+        else:
+            tokens, self._state = program.run_and_sample(batch, sampling, self._state)
+        self._pending[batch.step_id] = (tokens, output, tuple(prompts))
 
-    def wait(self, step_id: int) -> SampledTokens:
-        """Tokens of a submitted step; int32 [num_samples].
+    def wait(self, step_id: int) -> StepResult:
+        """What a submitted step gave.
 
         Raises:
             DeviceError: the step failed, or was never submitted.
         """
-        tokens = self._pending.get(step_id)
-        if tokens is None:
+        pending = self._pending.get(step_id)
+        if pending is None:
             raise DeviceError(f"step {step_id} was not submitted to this runner")
         # An interrupted wait may be tried again.
-        found = tokens.get()
+        tokens, output, prompts = pending
+        found = StepResult(tokens.get(), () if output is None else _prompts(output, prompts))
         del self._pending[step_id]
         return found
 

@@ -31,6 +31,7 @@ class SamplingParams:
         logit_bias: added to the logits of these ids, by id; -inf forbids one.
         allowed_token_ids: only these ids are drawn; None = all.
         logprobs: report log-probabilities of each token drawn and of this many most likely ones; None = none.
+        prompt_logprobs: the same of the prompt's tokens but the first. Such a request reads no cached prefix.
         include_stop_str_in_output: leave the stop text in the text.
         detokenize: make text; False leaves `text` empty.
         skip_special_tokens: leave special tokens out of the text.
@@ -53,6 +54,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
@@ -79,12 +81,9 @@ class SamplingParams:
             most is None or self.min_tokens <= most,
             f"at most max_tokens, {most}",
         )
-        _check(
-            "logprobs",
-            self.logprobs,
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            f"in [0, {MAX_LOGPROBS}]",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _check(name, value, value is None or 0 <= value <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]")
         self._check_ids()
         _check("stop", self.stop, all(self.stop), "made of texts that are not empty")
 

@@ -111,6 +111,13 @@ def _with_logprobs(tokens: npt.NDArray[np.int32], raw: Float32, sampling: Sampli
     wanted = sampling.logprobs
     if wanted is None or (np.asarray(wanted) < 0).all():
         return SampledTokens(tokens)
+    return logprobs_of(tokens, raw, np.asarray(wanted))
+
+
+def logprobs_of(tokens: npt.NDArray[np.int32], raw: Float32, wanted: npt.NDArray[np.int32]) -> SampledTokens:
+    """Log-probabilities and ranks of tokens [n] under raw logits [n, V], and the `wanted` [n] most likely ids
+    of each row; rows that want -1 are left out (NaN).
+    """
     n, k = len(tokens), int(np.max(wanted))
     logprobs, ranks = np.full(n, np.nan, np.float32), np.zeros(n, np.int32)
     top_ids, top = np.zeros((n, k), np.int32), np.full((n, k), np.nan, np.float32)

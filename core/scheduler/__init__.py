@@ -1,6 +1,6 @@
 """What runs in the next step; pure Python and numpy."""
 
-from core.scheduler.plan import Checkpoint, PrefillRow, StepPlan
+from core.scheduler.plan import Checkpoint, PrefillRow, PromptRow, StepPlan
 from core.scheduler.records import Event, SchedulerConfig
 from core.scheduler.scheduler import Scheduler
 from core.scheduler.sequence import Request, Sequence, SlotTable, Status
@@ -9,6 +9,7 @@ __all__ = [
     "Checkpoint",
     "Event",
     "PrefillRow",
+    "PromptRow",
     "Request",
     "Scheduler",
     "SchedulerConfig",

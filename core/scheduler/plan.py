@@ -34,12 +34,29 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class PromptRow:
+    """Prompt tokens whose log-probabilities are wanted: the step's tokens from `first` on predict `targets`.
+
+    Attributes:
+        slot: of the sequence. start: position of the token that predicts the first target.
+        first: index of that token in the step. targets: int32 [m]. top: most likely ids to report, too.
+    """
+
+    slot: int
+    start: int
+    first: int
+    targets: Int32
+    top: int
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """One step. Rows are the decode slots in order, then the prefill rows.
 
     Attributes:
         decode: slots that decode one token each, int32 [n]. positions: position of that token, int32 [n].
-        copies: block copies to do before the step.
+        copies: block copies to do before the step. prompts: where there are any, the logits of all tokens are
+            needed.
     """
 
     step_id: int
@@ -48,6 +65,7 @@ class StepPlan:
     prefills: tuple[PrefillRow, ...]
     copies: tuple[BlockCopy, ...]
     checkpoints: tuple[Checkpoint, ...]
+    prompts: tuple[PromptRow, ...] = ()
 
     @property
     def kind(self) -> StepKind:

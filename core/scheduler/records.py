@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from core.contract.batch import Int32
+from core.scheduler.plan import PromptRow
 from core.scheduler.sequence import Sequence
 
 
@@ -17,6 +18,7 @@ class SchedulerConfig:
         max_requests: request slots, so running sequences at most. max_model_len: prompt and output tokens
             at most.
         max_batch_tokens: tokens in one step at most. max_waiting: waiting sequences at most; None = no limit.
+        max_logit_tokens: tokens of a step of which all logits are wanted, at most.
         policy: "fcfs" ignores priorities.
     """
 
@@ -24,6 +26,7 @@ class SchedulerConfig:
     max_model_len: int
     max_batch_tokens: int = 2048
     max_waiting: int | None = None
+    max_logit_tokens: int = 1 << 30
     policy: Literal["fcfs", "priority"] = "fcfs"
 
 
@@ -38,17 +41,27 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class Event:
-    """Something a user sees: a new token (-1 = none), or the end, of a sequence."""
+    """Something a user sees: a new token (-1 = none), or the end, of a sequence.
+
+    Attributes:
+        prompt_logprobs: of the prompt's tokens, None for the first; with the first token of a request that
+            asked.
+    """
 
     sequence: Sequence
     token: int
     finished: bool
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A submitted step: which slots it computes up to where, and which it samples; epochs tell stale ones."""
+    """A submitted step: which slots it computes up to where, and which it samples; epochs tell stale ones.
+
+    Attributes:
+        prompts: rows of which the prompt's log-probabilities are wanted, with their slot's epoch.
+    """
 
     step_id: int
     rows: Int32
@@ -56,6 +69,7 @@ class InFlight:
     after: Int32
     samples: Int32
     sample_epochs: Int32
+    prompts: tuple[tuple[PromptRow, int], ...] = ()
 
 
 @dataclass

@@ -27,7 +27,7 @@ from core.contract.batch import Int32
 from core.contract.errors import ConfigError, QueueFullError, RequestError
 from core.contract.spec import BatchRules
 from core.contract.types import SampledTokens
-from core.scheduler.plan import Checkpoint, PrefillRow, StepPlan
+from core.scheduler.plan import Checkpoint, PrefillRow, PromptRow, StepPlan
 from core.scheduler.records import Counters, Event, InFlight, SchedulerConfig, TokenLogprobs
 from core.scheduler.sequence import Request, Sequence, SlotTable, Status
 from core.scheduler.waiting import Deadlines, WaitingQueue
@@ -325,7 +325,12 @@ class Scheduler:
         picked: list[PrefillRow] = []
         if tokens <= 0 or rows <= 0:
             return picked
+        room = self.config.max_logit_tokens - (self._max_tokens - tokens)
         for sequence in self._to_prefill():
+            wants = sequence.request.params.prompt_logprobs is not None
+            if wants:
+                # From here on the step's logits are kept for all of its tokens.
+                tokens = min(tokens, room - sum(r.count for r in picked))
             row = self._chunk(sequence, tokens, samples)
             if row is None:
                 break
@@ -454,6 +459,7 @@ class Scheduler:
     def _submit(self, decode: Int32, prefills: list[PrefillRow]) -> StepPlan:
         table = self.table
         step_id, self._next_step = self._next_step, self._next_step + 1
+        prompts = self._prompts(len(decode), prefills)
         plan = StepPlan(
             step_id,
             decode,
@@ -461,6 +467,7 @@ class Scheduler:
             tuple(prefills),
             tuple(self.blocks.take_copies()),
             self._checkpoints(decode, prefills),
+            prompts,
         )
         for row in prefills:
             if row.samples:
@@ -468,7 +475,15 @@ class Scheduler:
         rows = np.concatenate([decode, np.array([r.slot for r in prefills], np.int32)])
         samples = np.concatenate([decode, np.array([s for r in prefills for s in r.samples], np.int32)])
         self._in_flight.append(
-            InFlight(step_id, rows, table.epoch[rows], table.computed[rows], samples, table.epoch[samples])
+            InFlight(
+                step_id,
+                rows,
+                table.epoch[rows],
+                table.computed[rows],
+                samples,
+                table.epoch[samples],
+                tuple((row, int(table.epoch[row.slot])) for row in prompts),
+            )
         )
         self.counters.steps += 1
         self.counters.scheduled_tokens += plan.num_tokens
@@ -489,6 +504,20 @@ class Scheduler:
         sequence.forks, sequence.status = [], Status.DECODE
         self._prefilling.remove(sequence)
         self._decode = np.concatenate([self._decode, np.array(row.samples, np.int32)])
+
+    def _prompts(self, first: int, prefills: list[PrefillRow]) -> tuple[PromptRow, ...]:
+        """Which of the step's tokens predict prompt tokens whose log-probabilities are wanted."""
+        found = []
+        for row in prefills:
+            sequence = self.table.sequences[row.slot]
+            top = None if sequence is None else sequence.request.params.prompt_logprobs
+            if sequence is not None and top is not None:
+                end = min(row.start + row.count, len(sequence.request.prompt_ids) - 1)
+                targets = self.table.tokens[row.slot, row.start + 1 : end + 1].copy()
+                if len(targets):
+                    found.append(PromptRow(row.slot, row.start, first, targets, top))
+            first += row.count
+        return tuple(found)
 
     def _checkpoints(self, decode: Int32, prefills: list[PrefillRow]) -> tuple[Checkpoint, ...]:
         found: list[Checkpoint] = []
@@ -512,10 +541,17 @@ class Scheduler:
 
     # Results in
 
-    def update(self, step_id: int, tokens: Int32, sampled: SampledTokens | None = None) -> list[Event]:
+    def update(
+        self,
+        step_id: int,
+        tokens: Int32,
+        sampled: SampledTokens | None = None,
+        prompts: tuple[SampledTokens, ...] = (),
+    ) -> list[Event]:
         """Take the tokens of the oldest step in flight, in the order of the plan's samples; events in order.
 
-        `sampled` has the log-probabilities of those rows that asked for them.
+        `sampled` has the log-probabilities of those rows that asked for them, `prompts` those of the plan's
+        prompt rows.
 
         Raises:
             ValueError: it is not the oldest step, or the number of tokens is wrong.
@@ -528,6 +564,7 @@ class Scheduler:
         self._in_flight.popleft()
         self._retire(step_id)
         self._confirm(step)
+        self._take_prompts(step, prompts)
         live = self.table.epoch[step.samples] == step.sample_epochs
         self.counters.surplus_tokens += int(np.count_nonzero(~live))
         slots = step.samples[live]
@@ -542,10 +579,21 @@ class Scheduler:
                 self._accept(sequence, token, _logprobs(sequence, sampled, rows[i]) if rows else None)
         return self.take_events()
 
+    def _take_prompts(self, step: InFlight, prompts: tuple[SampledTokens, ...]) -> None:
+        for (row, epoch), found in zip(step.prompts, prompts, strict=True):
+            sequence = self.table.sequences[row.slot]
+            if sequence is not None and self.table.epoch[row.slot] == epoch:
+                for i in range(len(row.targets)):
+                    sequence.prompt_logprobs[row.start + 1 + i] = _token_logprobs(found, i, row.top)
+
     def _accept(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
         sequence.output_ids.append(token)
         self.counters.generated_tokens += 1
-        self._events.append(Event(sequence, token, False, logprobs))
+        prompt = None
+        asked = sequence.choice == 0 and sequence.request.params.prompt_logprobs is not None
+        if asked and len(sequence.output_ids) == 1:
+            prompt = tuple(map(sequence.prompt_logprobs.get, range(len(sequence.request.prompt_ids))))
+        self._events.append(Event(sequence, token, False, logprobs, prompt))
         params = sequence.request.params
         is_eos = token in sequence.request.eos_ids and not params.ignore_eos
         if is_eos or token in params.stop_token_ids:
@@ -575,13 +623,15 @@ class Scheduler:
 
 def _logprobs(sequence: Sequence, sampled: SampledTokens | None, row: int) -> TokenLogprobs | None:
     wanted = sequence.request.params.logprobs
-    if wanted is None or sampled is None:
-        return None
+    return None if wanted is None or sampled is None else _token_logprobs(sampled, row, wanted)
+
+
+def _token_logprobs(found: SampledTokens, row: int, top: int) -> TokenLogprobs:
     return TokenLogprobs(
-        float(sampled.logprobs[row]),
-        int(sampled.ranks[row]),
-        tuple(sampled.top_ids[row, :wanted].tolist()),
-        tuple(sampled.top_logprobs[row, :wanted].tolist()),
+        float(found.logprobs[row]),
+        int(found.ranks[row]),
+        tuple(found.top_ids[row, :top].tolist()),
+        tuple(found.top_logprobs[row, :top].tolist()),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,7 @@ class Sequence:
         output_ids: tokens accepted so far. cached_tokens: prompt tokens found in the prefix cache at its
             first start.
         forks: continuations that start when this one's prompt is computed.
+        prompt_logprobs: TokenLogprobs of prompt tokens by position, as far as they are known.
         finish_reason: "stop", "length", "abort" or "deadline" once finished; stop_reason: the id that
             ended it.
     """
@@ -79,6 +81,7 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: int | None = None
     num_preemptions: int = 0
+    prompt_logprobs: dict[int, Any] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from core.contract.errors import CoreError, EngineDead, RequestError
@@ -93,10 +94,11 @@ class Service:
             raise RequestError(
                 f"{len(prompts)} prompts were given, at most {self._config.max_prompts} are taken"
             )
-        params = request.sampling(max_tokens=request.max_tokens, logprobs=request.logprobs)
         if request.echo and request.logprobs is not None and request.prompt_logprobs is None:
             request = request.model_copy(update={"prompt_logprobs": request.logprobs})
-            params = request.sampling(max_tokens=request.max_tokens, logprobs=request.logprobs)
+        # Nothing to generate: the engine makes one token all the same, which is not shown.
+        limit = 1 if request.max_tokens == 0 else request.max_tokens
+        params = request.sampling(max_tokens=limit, logprobs=request.logprobs)
         return self._job("cmpl", prompts, params, request)
 
     def _completion_choice(
@@ -269,11 +271,12 @@ class Service:
             )
             for p, prompt in enumerate(job.prompts)
         ]
+        shows_nothing = isinstance(job.request, CompletionRequest) and job.request.max_tokens == 0
         async with aclosing(_merged(streams)) as outputs:
             async for p, output in outputs:
                 if output.finished:
                     self.metrics.finished(output)
-                yield p, output
+                yield p, _without_tokens(output) if shows_nothing else output
 
     def _closing(self, request: _Common, head: Json, latest: Mapping[int, RequestOutput]) -> list[bytes]:
         options = request.stream_options
@@ -302,6 +305,16 @@ class _Job:
     def head(self, kind: str) -> Json:
         """What every answer and event begins with."""
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+
+
+def _without_tokens(output: RequestOutput) -> RequestOutput:
+    """What is told of a prompt alone."""
+    outputs = tuple(
+        replace(c, text="", token_ids=(), stop_reason=None, logprobs=None if c.logprobs is None else ())
+        for c in output.outputs
+    )
+    ended = tuple(replace(c, finish_reason=c.finish_reason and "length") for c in outputs)
+    return replace(output, outputs=ended)
 
 
 async def _merged(

@@ -109,6 +109,7 @@ def test_the_most_likely_of_equals_are_the_lowest_ids() -> None:
         ({"min_tokens": 9, "max_tokens": 8}, "at most max_tokens, 8"),
         ({"logprobs": 21}, "logprobs is 21"),
         ({"logprobs": -1}, "logprobs is -1"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs is 21"),
         ({"logit_bias": {3: float("nan")}}, "below infinity"),
         ({"logit_bias": {3: float("inf")}}, "below infinity"),
         ({"allowed_token_ids": ()}, "at least one id"),

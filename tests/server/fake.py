@@ -111,7 +111,7 @@ class FakeEngine:
             outputs.append(CompletionOutput(i, text, new, reason, stop, found))
             finished = finished and reason is not None
         prompt_logprobs = None
-        if getattr(params, "prompt_logprobs", None) is not None:
+        if params.prompt_logprobs is not None:
             prompt_logprobs = (None, *({t: Logprob(-0.25, 1, chr(t))} for t in ids[1:]))
         return RequestOutput(
             request_id=name,

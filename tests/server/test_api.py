@@ -230,7 +230,6 @@ def test_a_request_that_fails_ends_the_other_prompts_of_its_job(connect: Connect
         ("frequency_penalty", 0.5),
         ("repetition_penalty", 1.2),
         ("bad_words", ["x"]),
-        ("prompt_logprobs", 1),
     ],
 )
 def test_a_parameter_that_the_engine_does_not_have_is_refused_and_not_ignored(
@@ -269,6 +268,7 @@ def test_every_parameter_reaches_the_engine(connect: Connect) -> None:
         "skip_special_tokens": False,
         "include_stop_str_in_output": True,
         "logprobs": 2,
+        "prompt_logprobs": 1,
         "max_tokens": 5,
         "n": 2,
     }
@@ -282,3 +282,31 @@ def test_every_parameter_reaches_the_engine(connect: Connect) -> None:
         assert tuple(getattr(params, name)) == tuple(values), name
     assert params.logit_bias == {5: -1.0}
     assert (priority, salt, queue_timeout, timeout) == (2, "me", 3.0, 9.0)
+
+
+def test_an_echo_has_the_prompts_log_probabilities_before_its_own(connect: Connect) -> None:
+    answer = post(connect(), "/v1/completions", prompt="xy", logprobs=1, max_tokens=2, echo=True).json()
+    choice = answer["choices"][0]
+    assert choice["text"] == "xyab"
+    assert choice["logprobs"]["tokens"] == ["x", "y", "a", "b"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.25, -0.5, -0.5]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_tokens_may_be_asked_for(connect: Connect, stream: bool) -> None:
+    body = {"prompt": "xy", "logprobs": 1, "max_tokens": 0, "echo": True, "stream": stream}
+    response = post(connect(), "/v1/completions", **body)
+    parts = [e["choices"][0] for e in events(response)] if stream else response.json()["choices"]
+    assert "".join(c["text"] for c in parts) == "xy" and parts[-1]["finish_reason"] == "length"
+    assert [t for c in parts for t in c["logprobs"]["tokens"]] == ["x", "y"]
+    if not stream:
+        assert response.json()["usage"]["completion_tokens"] == 0
+
+
+def test_a_streamed_echo_sends_the_prompt_first(connect: Connect) -> None:
+    body = {"prompt": [120, 121], "echo": True, "stream": True, "logprobs": 0, "max_tokens": 2}
+    found = events(post(connect(), "/v1/completions", **body))
+    choices = [event["choices"][0] for event in found]
+    assert [c["text"] for c in choices] == ["xy", "a", "b"]
+    assert [c["logprobs"]["text_offset"] for c in choices] == [[0, 1], [2], [3]]

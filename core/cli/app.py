@@ -7,6 +7,7 @@ import shutil
 import sys
 import textwrap
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -156,7 +157,8 @@ def serve(
     from core.engine.engine import explain as resolve_only
     from core.env import api_key
 
-    config = ServerConfig(**{**server, "api_key": server["api_key"] or api_key()})
+    name = server["served_model_name"] or Path(model).name
+    config = ServerConfig(**{**server, "api_key": server["api_key"] or api_key(), "served_model_name": name})
     if explain:
         print_choices(resolve_only(engine_config(model, options)))
         return

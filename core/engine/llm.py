@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
@@ -29,7 +30,7 @@ Message = Mapping[str, Any]
 
 
 class LLM:
-    """A model, ready to generate.
+    """A model, ready to generate. Several threads may use it; their requests run together.
 
     Args:
         model: a folder with safetensors, a .gguf file, or "sample" (SmolLM2-135M-Instruct, fetched at first
@@ -93,6 +94,7 @@ class LLM:
         self._ids = itertools.count()
         self._live: dict[str, RequestStream] = {}
         self._changed: set[str] = set()
+        self._lock = threading.RLock()
 
     def generate(
         self,
@@ -135,6 +137,8 @@ class LLM:
         Raises:
             ConfigError: the model has no chat template. Otherwise as `generate`.
         """
+        if isinstance(messages, str):
+            raise RequestError("messages is a text; give a list such as [{'role': 'user', 'content': ...}]")
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [self.chat_prompt(m) for m in many]  # type: ignore[arg-type]
         return self.generate(prompts, params, use_tqdm=use_tqdm)
@@ -168,20 +172,22 @@ class LLM:
         mine = {stream.request_id: stream for stream in streams}
         try:
             while mine:
-                ready = [name for name in mine if name in self._changed]
-                if not ready:
-                    self._step()
-                for name in ready:
-                    self._changed.discard(name)
-                    output = mine[name].output()
-                    if output.finished:
-                        del mine[name], self._live[name]
-                    yield output
+                with self._lock:
+                    ready = [name for name in mine if name in self._changed]
+                    if not ready:
+                        self._step()
+                    self._changed.difference_update(ready)
+                    outputs = [mine[name].output() for name in ready]
+                    for output in outputs:
+                        if output.finished:
+                            del mine[output.request_id], self._live[output.request_id]
+                yield from outputs
         finally:
-            for name in mine:
-                self._live.pop(name, None)
-                self._changed.discard(name)
-                self.engine.abort(name)
+            with self._lock:
+                for name in mine:
+                    self._live.pop(name, None)
+                    self._changed.discard(name)
+                    self.engine.abort(name)
 
     def _step(self) -> None:
         if not self.engine.has_work:
@@ -193,6 +199,10 @@ class LLM:
                 self._changed.add(stream.request_id)
 
     def _add(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[RequestStream]:
+        with self._lock:
+            return self._add_locked(prompts, params)
+
+    def _add_locked(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[RequestStream]:
         added: list[RequestStream] = []
         try:
             for prompt, one in zip(prompts, params, strict=True):
@@ -222,6 +232,8 @@ class LLM:
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise RequestError(f"the prompt is {prompts!r}; give a text, token ids, or a list of either")
     many = list(prompts)
     if many and all(isinstance(p, Integral) for p in many):
         return [many]  # type: ignore[list-item]
@@ -231,6 +243,10 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if isinstance(params, Mapping) or not all(isinstance(p, SamplingParams) for p in params):
+        raise RequestError(
+            f"params is {params!r}; give SamplingParams(...), or a list of one for each prompt"
+        )
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters were given for {count} prompts; give one each")
     return list(params)
@@ -245,10 +261,11 @@ def _loading(name: str, show: bool) -> Iterator[Any]:
     if not show:
         yield None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -258,6 +275,7 @@ def _generating(count: int, show: bool) -> Iterator[Any]:
     if not show:
         yield lambda tokens: None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -267,7 +285,7 @@ def _generating(count: int, show: bool) -> Iterator[Any]:
         TextColumn("{task.fields[speed]:.0f} tokens/s"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=count, speed=0.0)
         start, total = time.monotonic(), 0
 

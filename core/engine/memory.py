@@ -112,8 +112,9 @@ def plan_cache(
         num_blocks = _fit(block_bytes, plan, budget_bytes, per_request, multiple)
     elif num_blocks < 2 or num_blocks % multiple:
         raise ConfigError(
-            f"num_blocks is {num_blocks}; backend {spec.name!r} wants a multiple of {multiple}, and one "
-            f"block is for padding; use {max(-(-num_blocks // multiple), -(-2 // multiple)) * multiple}"
+            f"num_blocks is {num_blocks}; it must be a multiple of {multiple} for backend {spec.name!r}, and "
+            "at least 2, because one block is for padding; "
+            f"use {max(-(-num_blocks // multiple), -(-2 // multiple)) * multiple}"
         )
     plan = _with_blocks(plan, num_blocks, multiple)
     tokens = (num_blocks - 1) * block_size

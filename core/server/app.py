@@ -153,6 +153,10 @@ class Gate:
         if not length.isdigit() or int(length) > self._limit:
             await _refuse(413, self._too_large(), scope, receive, send)
             return
+        if is_guarded and scope["method"] == "POST":
+            # Every body is JSON here, whatever a client calls it.
+            kept = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope = {**scope, "headers": [*kept, (b"content-type", b"application/json")]}
         await self._app(scope, self._counted(receive), send)
 
     def _too_large(self) -> dict[str, Any]:

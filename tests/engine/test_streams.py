@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from core import LLM, SamplingParams
-from core.contract.errors import EngineDead
+from core.contract.errors import EngineDead, RequestError
 from tests.tokenizer.small import byte_level, write_folder
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
@@ -72,3 +73,36 @@ def test_ids_may_be_numpys(llm: LLM) -> None:
     wanted = llm.generate([[5, 6, 7]], PARAMS)[0].outputs[0].token_ids
     assert llm.generate([ids], PARAMS)[0].outputs[0].token_ids == wanted  # type: ignore[list-item]
     assert llm.generate(ids, PARAMS)[0].outputs[0].token_ids == wanted  # type: ignore[arg-type]
+
+
+def test_threads_may_share_a_model(llm: LLM) -> None:
+    def ask(i: int) -> tuple[int, ...]:
+        return llm.generate([[5 + i, 6]], PARAMS)[0].outputs[0].token_ids
+
+    wanted = [ask(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            assert list(pool.map(ask, range(8))) == wanted
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda llm: llm.generate(5), "the prompt is 5; give a text"),
+        (lambda llm: llm.generate("a", {"max_tokens": 3}), "give SamplingParams"),
+        (lambda llm: llm.generate(["a"], ["b"]), "give SamplingParams"),
+        (lambda llm: llm.chat("hello"), "messages is a text"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_in_a_sentence(
+    llm: LLM, call: Callable[[LLM], object], words: str
+) -> None:
+    with pytest.raises(RequestError, match=words):
+        call(llm)
+
+
+def test_nothing_but_the_program_writes_to_standard_output(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm.generate([[5, 6]], PARAMS, use_tqdm=True)
+    assert capsys.readouterr().out == ""

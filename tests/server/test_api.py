@@ -159,6 +159,16 @@ def test_a_body_that_is_no_json_is_refused(connect: Connect) -> None:
     assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the body is not JSON")
 
 
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_is_json_whatever_it_is_called(connect: Connect, kind: str | None) -> None:
+    async def ask() -> httpx.Response:
+        async with connect() as client:
+            headers = {} if kind is None else {"content-type": kind}
+            return await client.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
+
+    assert asyncio.run(ask()).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_full_queue_answers_429(connect: Connect, stream: bool) -> None:
     answer = post(connect(FakeEngine(limit=0)), "/v1/completions", prompt="x", stream=stream)

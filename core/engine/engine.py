@@ -36,7 +36,8 @@ from core.runner.builder import BatchBuilder
 from core.sampling.params import SamplingParams
 from core.scheduler import Event, Request, Scheduler, SchedulerConfig
 from core.weights.checkpoint import open_checkpoint
-from core.weights.loader import Progress, check_checkpoint
+from core.weights.checks import check_checkpoint
+from core.weights.loader import Progress
 
 _LOGIT_BYTES = 128 * 2**20
 """Logits, in float32 on the host, of a step of which those of all tokens are wanted, at most."""
@@ -122,7 +123,7 @@ class Engine:
         """Start.
 
         Args:
-            progress: told the bytes of weights read. on_resolved: told the decisions before loading.
+            progress: told how far loading is. on_resolved: told the decisions before loading.
 
         Raises:
             CoreError: what cannot work; before weights are read, where it can be known then.

@@ -23,6 +23,7 @@ from core.engine.stream import RequestStream, stream_event
 from core.env import cache_dir
 from core.sampling.params import SamplingParams
 from core.tokenizer import apply_chat_template, load_tokenizer
+from core.weights.loader import LoadState, Progress
 from core.weights.sample import resolve_model
 
 Prompt = str | Sequence[int]
@@ -257,17 +258,40 @@ def _tell(resolution: Resolution) -> None:
 
 
 @contextmanager
-def _loading(name: str, show: bool) -> Iterator[Any]:
+def _loading(name: str, show: bool) -> Iterator[Progress | None]:
+    """A bar of bytes, tensors and speed on stderr while weights load, and one line when they are there."""
     if not show:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import BarColumn, DownloadColumn, TextColumn
+    from rich.progress import Progress as Bar
 
-    columns = (TextColumn("loading {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = (
+        TextColumn("loading {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[tensors]} tensors"),
+        TextColumn("{task.fields[speed]:.2f} GB/s"),
+    )
+    last: LoadState | None = None
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None, tensors="0", speed=0.0)
+
+        def tell(state: LoadState) -> None:
+            nonlocal last
+            last = state
+            bar.update(
+                task,
+                completed=state.bytes_done,
+                total=state.bytes_total,
+                tensors=f"{state.tensors_done}/{state.tensors_total}",
+                speed=state.bytes_per_s / 1e9,
+            )
+
+        yield tell
+    if last is not None:
+        sys.stderr.write(f"loaded {last.sentence()} in {last.seconds:.1f} s\n")
 
 
 @contextmanager

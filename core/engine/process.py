@@ -32,6 +32,7 @@ from core.engine.messages import (
 from core.engine.stream import stream_event
 from core.executor.failure import Failure
 from core.executor.wire import decode, encode
+from core.weights.loader import LoadState
 
 COMMANDS, EVENTS = "commands", "events"
 """Names of the two sockets in the parent's folder."""
@@ -162,11 +163,11 @@ class EngineProcess:
         except Exception as error:
             self._send(Refused(command.request_id, Failure.of(error, "queueing a request")))
 
-    def _progress(self, done: int, total: int) -> None:
+    def _progress(self, state: LoadState) -> None:
         self._phase = "loading"
-        now = time.monotonic()
-        text = f"loading weights: {done / 2**20:.1f} of {total / 2**20:.1f} MiB"
-        if text != self._told and (now - self._last_progress >= _PROGRESS_S or done >= total):
+        now, is_done = time.monotonic(), state.tensors_done == state.tensors_total
+        text = f"loading weights: {state.sentence()}"
+        if text != self._told and (now - self._last_progress >= _PROGRESS_S or is_done):
             self._last_progress, self._told = now, text
             self._send(Progress(text))
 

@@ -1,6 +1,7 @@
 """A process per rank. Commands and results are msgpack bytes over pipes; every rank gets every step.
 
-A worker process answers each command with ("ok", value) or ("error", Failure). The first
+A worker process answers each command with ("ok", value) or ("error", Failure); while it loads, the first rank
+also sends how far it is. The first
 failure of any rank ends all of them and is raised in the engine with the rank's own sentence.
 """
 
@@ -31,7 +32,9 @@ from core.plugins import BackendHandle, Plugins
 from core.runner.runner import StepResult
 from core.scheduler import PromptRow
 from core.weights.checkpoint import open_checkpoint
-from core.weights.loader import Progress
+from core.weights.loader import LoadState, Progress
+
+_PROGRESS_S = 0.1
 
 
 class MultiprocessExecutor(Executor):
@@ -64,7 +67,7 @@ class MultiprocessExecutor(Executor):
 
     def load(self, resolution: Resolution, progress: Progress | None) -> RankReport:
         """See Executor."""
-        reports: list[RankReport] = self._call("load", resolution)
+        reports: list[RankReport] = self._call("load", resolution, progress=progress)
         return min(reports, key=lambda r: r.free_bytes)
 
     def allocate(self, budget: CacheBudget) -> None:
@@ -120,15 +123,21 @@ class MultiprocessExecutor(Executor):
             except OSError as error:
                 raise self._fail(rank, f"does not take commands ({error})") from error
 
-    def _call(self, command: str, *arguments: Any) -> list[Any]:
+    def _call(self, command: str, *arguments: Any, progress: Progress | None = None) -> list[Any]:
         self._send(command, *arguments)
         # As they come: a rank that fails leaves the others waiting for it in a collective.
         ranks = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         answers: list[Any] = [None] * len(ranks)
         while ranks:
             for pipe in wait(list(ranks)):
-                rank = ranks.pop(pipe)  # type: ignore[call-overload]
-                answers[rank] = self._receive(rank)
+                rank = ranks[pipe]  # type: ignore[index]
+                answer = self._receive(rank)
+                if isinstance(answer, LoadState):
+                    if progress is not None:
+                        progress(answer)
+                    continue
+                answers[rank] = answer
+                del ranks[pipe]  # type: ignore[arg-type]
         return answers
 
     def _receive(self, rank: int) -> Any:
@@ -172,7 +181,7 @@ def _worker_main(pipe: Connection, setup: bytes) -> None:
         if command == "close":
             break
         try:
-            worker = worker or _Worker(setup)
+            worker = worker or _Worker(setup, lambda state: pipe.send_bytes(encode(("ok", state))))
             result = getattr(worker, f"do_{command}")(*arguments)
         except Exception as error:
             pipe.send_bytes(encode(("error", Failure.of(error, multiprocessing.current_process().name))))
@@ -186,8 +195,10 @@ def _worker_main(pipe: Connection, setup: bytes) -> None:
 class _Worker:
     """Commands of a worker process."""
 
-    def __init__(self, setup: bytes) -> None:
+    def __init__(self, setup: bytes, tell: Progress) -> None:
         self._config, name, place = decode(setup)
+        self._tell = tell if place.rank == 0 else None
+        self._told_s = 0.0
         plugins = Plugins()
         plugins.load()
         backend = plugins.backend(name)
@@ -201,7 +212,13 @@ class _Worker:
 
     def do_load(self, resolution: Resolution) -> RankReport:
         with closing(open_checkpoint(self._config.model)) as checkpoint:
-            return self._rank.load(checkpoint, resolution)
+            return self._rank.load(checkpoint, resolution, self._progress)
+
+    def _progress(self, state: LoadState) -> None:
+        is_due = state.tensors_done == state.tensors_total or state.seconds - self._told_s >= _PROGRESS_S
+        if self._tell is not None and is_due:
+            self._told_s = state.seconds
+            self._tell(state)
 
     def do_allocate(self, budget: CacheBudget) -> None:
         self._rank.allocate(budget)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from core.block_manager import BlockCopy
 from core.contract.batch import Int32, StepBatch
-from core.contract.errors import PluginError, UnsupportedError
+from core.contract.errors import ConfigError, PluginError, UnsupportedError
 from core.contract.interfaces import Communicator
 from core.contract.ops import inherited_ops
 from core.contract.requests import (
@@ -32,6 +32,7 @@ from core.plugins import BackendHandle
 from core.runner.runner import Runner, StepResult
 from core.scheduler import PromptRow
 from core.weights.checkpoint import Checkpoint
+from core.weights.checks import check_sizes
 from core.weights.loader import LoadedModel, Progress, load_model, weight_bytes
 
 
@@ -57,11 +58,19 @@ def read_model(checkpoint: Checkpoint) -> tuple[ModelDefinition, ModelConfig]:
     """The definition and global configuration of a checkpoint.
 
     Raises:
-        ConfigError: an architecture or option that is not known.
+        ConfigError: an architecture or option that is not known, or values that cannot be.
     """
     hf = checkpoint.config()
     model = definition(hf)
-    return model, model.adapt(model.config(hf), checkpoint.names())
+    try:
+        c = model.adapt(model.config(hf), checkpoint.names())
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+        raise ConfigError(
+            f"{checkpoint.path}: the config cannot be read as that of {hf['architectures'][0]} "
+            f"({type(e).__name__}: {e}); check config.json"
+        ) from None
+    check_sizes(c, checkpoint.path)
+    return model, c
 
 
 class RankWorker:

@@ -34,6 +34,7 @@ from core.executor.rank import RankPlace, RankReport
 from core.runner.runner import StepResult
 from core.sampling.params import SamplingParams
 from core.scheduler import PromptRow
+from core.weights.loader import LoadState
 
 _RECORDS: Mapping[str, type[Any]] = {
     record.__name__: record
@@ -48,6 +49,7 @@ _RECORDS: Mapping[str, type[Any]] = {
         EngineConfig,
         EngineMetrics,
         Failure,
+        LoadState,
         Outputs,
         PromptRow,
         RankPlace,

@@ -50,6 +50,9 @@ class Checkpoint(Protocol):
             `dtype` and `nbytes` for a missing tensor.
         """
 
+    def source(self, name: str) -> Path:
+        """The file that holds a tensor, for messages."""
+
     def config(self) -> dict[str, Any]:
         """The model's configuration in the form of Hugging Face's config.json; a new copy at each call."""
 
@@ -76,6 +79,10 @@ class PackedCheckpoint(Checkpoint, Protocol):
         """
 
 
+_FP8 = ("fp8", "fbgemm_fp8", "compressed-tensors")
+_FLOAT_FORMATS = ("float-quantized", "naive-quantized")
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a folder with config.json and safetensors, or a .gguf file. Headers are checked, no tensor is
     read.
@@ -99,12 +106,28 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _unpacked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, with tensors of a quantization that is undone at load in their plain form."""
+    """The checkpoint, with tensors of a quantization that is undone at load in their plain form.
+
+    Raises:
+        ConfigError: another quantization.
+    """
     quantization = checkpoint.config().get("quantization_config") or {}
-    if quantization.get("quant_method") == "mxfp4":
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method == "mxfp4":
         from core.weights.mxfp4 import Mxfp4Checkpoint
 
         return Mxfp4Checkpoint(checkpoint)
+    if method == "compressed-tensors" and quantization.get("format") not in _FLOAT_FORMATS:
+        method = f"{method} in format {quantization.get('format')}"
+    if method in _FP8:
+        from core.weights.fp8 import Fp8Checkpoint
+
+        return Fp8Checkpoint(checkpoint)
+    if method is not None:
+        raise ConfigError(
+            f"{checkpoint.path}: quant_method is {method!r}; read are mxfp4, {', '.join(_FP8)}: take a "
+            "checkpoint that is not quantized, or a .gguf file"
+        )
     return checkpoint
 
 

@@ -85,6 +85,11 @@ class GGUFCheckpoint:
             )
         return found.blocks(self._open(), ranges)
 
+    def source(self, name: str) -> Path:
+        """See `Checkpoint`."""
+        self._find(name)
+        return self._path
+
     def config(self) -> dict[str, Any]:
         """See `Checkpoint`."""
         return json.loads(json.dumps(self._config))  # type: ignore[no-any-return]

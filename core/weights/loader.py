@@ -1,12 +1,13 @@
 """From a checkpoint to a model on a device: checks, reads the rank's slices, packs, and closes the step
 function.
 
-Everything is checked before the first byte is packed: every part exists with the right shape, and nothing is
-left over.
+What the headers tell is checked before the first byte is packed (`core.weights.checks`); that all values are
+finite, part by part as they are read. A load that fails holds no memory on the device.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import prod
@@ -17,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from core.contract.batch import Step
-from core.contract.errors import WeightError
 from core.contract.interfaces import StepFunction
 from core.contract.ops import Ops
 from core.contract.types import Array, CacheHandle, Packed, PackRequest, Param, Part
@@ -25,10 +25,36 @@ from core.models.base import Constant, ModelDefinition, leaves, map_tree, rope_t
 from core.models.config import ModelConfig
 from core.parallel.sharding import Shard, mark
 from core.weights.checkpoint import BLOCKS, Checkpoint, Index, PackedCheckpoint
+from core.weights.checks import check_checkpoint, check_finite, check_finite_blocks
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
-"""progress(bytes done, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class LoadState:
+    """How far loading is: bytes and tensors of this rank's share, seconds since it began."""
+
+    bytes_done: int
+    bytes_total: int
+    tensors_done: int
+    tensors_total: int
+    seconds: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Speed since the beginning; 0 before any time has passed."""
+        return self.bytes_done / self.seconds if self.seconds > 0 else 0.0
+
+    def sentence(self) -> str:
+        """Bytes, tensors and speed, for a log."""
+        return (
+            f"{self.bytes_done / 1e9:.2f} of {self.bytes_total / 1e9:.2f} GB, {self.tensors_done} of "
+            f"{self.tensors_total} tensors, {self.bytes_per_s / 1e9:.2f} GB/s"
+        )
+
+
+Progress = Callable[[LoadState], None]
+"""Told before the first parameter is read and after each."""
 
 
 @dataclass(frozen=True)
@@ -38,63 +64,6 @@ class LoadedModel:
     config: ModelConfig
     weights: tuple[Packed, ...]
     fn: StepFunction
-
-
-def check_checkpoint(definition: ModelDefinition, c: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Hold the checkpoint against the model's parameters.
-
-    Raises:
-        WeightError: a tensor is missing, has the wrong shape, or is not the model's; names file, tensor,
-        found, wanted.
-    """
-    names = set(checkpoint.names())
-    used: set[str] = set()
-    for leaf in leaves(definition.params(c)):
-        for part in leaf.parts if isinstance(leaf, Param) else ():
-            used.add(part.name)
-            if part.name not in names:
-                raise WeightError(f"{checkpoint.path} has no tensor {part.name!r} of shape {part.shape}")
-            found = checkpoint.shape(part.name)
-            if not _fits(part, found):
-                raise WeightError(
-                    f"{checkpoint.path}: tensor {part.name!r} has shape {found}, but the config "
-                    f"wants {part.shape}{f' from {part.start}' if part.start else ''}"
-                )
-    _check_whole(definition, c, checkpoint)
-    surplus = sorted(n for n in names - used if not definition.ignored(c, n))
-    if surplus:
-        raise WeightError(
-            f"{checkpoint.path} has {len(surplus)} tensors that {c.architecture} does not use, "
-            f"first {surplus[0]!r}; check that config.json belongs to these weights"
-        )
-
-
-def _check_whole(definition: ModelDefinition, c: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Refuse a tensor that holds more than the regions which the model reads of it."""
-    held: dict[str, int] = {}
-    params = [leaf for leaf in leaves(definition.params(c)) if isinstance(leaf, Param)]
-    for part in dict.fromkeys(part for param in params for part in param.parts):
-        held[part.name] = held.get(part.name, 0) + prod(part.shape)
-    for name, size in held.items():
-        shape = checkpoint.shape(name)
-        if prod(shape) != size:
-            raise WeightError(
-                f"{checkpoint.path}: tensor {name!r} has shape {shape}, of which {c.architecture} reads "
-                f"{size} of {prod(shape)} elements; check that config.json belongs to these weights"
-            )
-
-
-def _fits(part: Part, found: tuple[int, ...]) -> bool:
-    """Whether a stored tensor of shape `found` is, or holds, this part."""
-    shape = part.shape
-    if part.pick is not None:
-        period, _, size = part.pick
-        shape = _replaced(shape, part.pick_axis, shape[part.pick_axis] // size * period)
-    if len(found) != len(shape):
-        return False
-    if part.start is None:
-        return found == shape
-    return all(s + n <= f for s, n, f in zip(part.start, shape, found, strict=True))
 
 
 def load_model(
@@ -111,36 +80,85 @@ def load_model(
 ) -> LoadedModel:
     """Read, cut and pack every parameter of `c` (global); `max_length` positions of rotary tables.
 
-    Parameters quantized in one of `schemes` are packed as they are, all others decoded.
+    Parameters quantized in one of `schemes` are packed as they are, all others decoded. If it fails, nothing
+    stays on the device.
 
     Raises:
-        WeightError: as `check_checkpoint`. OutOfMemoryError: the device is full.
+        WeightError: as `check_checkpoint`; a value is NaN or infinite. OutOfMemoryError: the device is full.
     """
     shard = shard or Shard()
     local = c.local(shard.world_size)
     check_checkpoint(definition, c, checkpoint)
     tree = definition.params(c)
     order = leaves(tree)
-    sizes = [_num_bytes(leaf, checkpoint) for leaf in order]
-    done, packed = 0, []
-    for leaf, size in zip(order, sizes, strict=True):
-        if isinstance(leaf, Constant):
-            table = rope_table(leaf.rope, max_length)
-            packed.append(pack(PackRequest(array=table, uses=("constant",), dtype=dtype, name=leaf.name)))
-        else:
-            scheme = kept_scheme(checkpoint, leaf, shard, schemes)
-            array = read_param(checkpoint, leaf, shard, scheme)
-            packed.append(
-                pack(
-                    PackRequest(
-                        array=array, uses=leaf.uses, dtype=dtype, name=leaf.parts[0].name, scheme=scheme
-                    )
-                )
-            )
-        done += size
-        if progress is not None:
-            progress(done, sum(sizes))
+    counter = _Counter(order, checkpoint, shard, progress)
+    packed: list[Packed] = []
+    try:
+        for leaf in order:
+            packed.append(pack(_pack_request(leaf, checkpoint, shard, dtype, max_length, schemes)))
+            counter.add(leaf)
+    except BaseException:
+        # The error's traceback keeps this frame, and with it what was packed before.
+        packed.clear()
+        raise
     return LoadedModel(local, tuple(packed), step_function(definition, local, tree, shard))
+
+
+def _pack_request(
+    leaf: Param | Constant,
+    checkpoint: Checkpoint,
+    shard: Shard,
+    dtype: str,
+    max_length: int,
+    schemes: Collection[str],
+) -> PackRequest:
+    if isinstance(leaf, Constant):
+        table = rope_table(leaf.rope, max_length)
+        return PackRequest(array=table, uses=("constant",), dtype=dtype, name=leaf.name)
+    scheme = kept_scheme(checkpoint, leaf, shard, schemes)
+    array = read_param(checkpoint, leaf, shard, scheme)
+    return PackRequest(array=array, uses=leaf.uses, dtype=dtype, name=leaf.parts[0].name, scheme=scheme)
+
+
+class _Counter:
+    """Counts what was loaded of a rank's share, and tells it."""
+
+    def __init__(
+        self,
+        order: tuple[Param | Constant, ...],
+        checkpoint: Checkpoint,
+        shard: Shard,
+        progress: Progress | None,
+    ) -> None:
+        self._progress = progress
+        self._start = time.monotonic()
+        self._sizes = {
+            leaf: sum(_read_bytes(checkpoint, part, shard) for part in leaf.parts)
+            for leaf in order
+            if isinstance(leaf, Param)
+        }
+        self._bytes, self._tensors = 0, 0
+        self._total = sum(self._sizes.values()), sum(len(leaf.parts) for leaf in self._sizes)
+        self._tell()
+
+    def add(self, leaf: Param | Constant) -> None:
+        if isinstance(leaf, Param):
+            self._bytes += self._sizes[leaf]
+            self._tensors += len(leaf.parts)
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            seconds = time.monotonic() - self._start
+            self._progress(LoadState(self._bytes, self._total[0], self._tensors, self._total[1], seconds))
+
+
+def _read_bytes(checkpoint: Checkpoint, part: Part, shard: Shard) -> int:
+    """Bytes of the slice that a rank reads for a part."""
+    stored = prod(checkpoint.shape(part.name))
+    share = prod(r.stop - r.start for r in shard.ranges(part))
+    num_bytes: int = checkpoint.nbytes(part.name) * share // max(stored, 1)
+    return num_bytes
 
 
 def weight_bytes(
@@ -213,19 +231,17 @@ def step_function(definition: ModelDefinition, local: ModelConfig, tree: Any, sh
     return fn
 
 
-def _num_bytes(leaf: Param | Constant, checkpoint: Checkpoint) -> int:
-    return sum(checkpoint.nbytes(p.name) for p in leaf.parts) if isinstance(leaf, Param) else 0
-
-
 def read_param(checkpoint: Checkpoint, param: Param, shard: Shard, scheme: str = "") -> npt.NDArray[Any]:
     """This rank's share of a parameter: parts cut one by one, then joined (and stacked).
 
     With a scheme, as `kept_scheme` found it, rows of blocks in place of rows of values.
     """
     if scheme and isinstance(checkpoint, PackedCheckpoint):
-        arrays: list[npt.NDArray[Any]] = [
-            checkpoint.read_blocks(part.name, _index(part, shard.ranges(part))) for part in param.parts
-        ]
+        arrays: list[npt.NDArray[Any]] = []
+        for part in param.parts:
+            blocks = checkpoint.read_blocks(part.name, _index(part, shard.ranges(part)))
+            check_finite_blocks(checkpoint, part.name, blocks, scheme)
+            arrays.append(blocks)
     else:
         arrays = [read_part(checkpoint, part, shard.ranges(part)) for part in param.parts]
     if not param.stack:
@@ -236,8 +252,13 @@ def read_param(checkpoint: Checkpoint, param: Param, shard: Shard, scheme: str =
 
 
 def read_part(checkpoint: Checkpoint, part: Part, ranges: tuple[slice, ...]) -> npt.NDArray[Any]:
-    """A slice of a part; `ranges` are relative to the part."""
+    """A slice of a part; `ranges` are relative to the part.
+
+    Raises:
+        WeightError: a value is NaN or infinite.
+    """
     array = checkpoint.read(part.name, _index(part, ranges))
+    check_finite(checkpoint, part.name, array)
     if part.pick is not None:
         period, first, size = part.pick
         before, after = array.shape[: part.pick_axis], array.shape[part.pick_axis + 1 :]

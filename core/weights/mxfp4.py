@@ -106,6 +106,10 @@ class Mxfp4Checkpoint:
                 )
         return found.swapaxes(1, 2)
 
+    def source(self, name: str) -> Path:
+        """See `Checkpoint`."""
+        return self._inner.source(name + BLOCKS if name in self._shapes else name)
+
     def config(self) -> dict[str, Any]:
         """See `Checkpoint`."""
         return self._inner.config()

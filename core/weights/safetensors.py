@@ -8,6 +8,7 @@ README: the header's length in 8 little-endian bytes, a JSON header, the data.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
@@ -99,6 +100,10 @@ class SafetensorsCheckpoint:
         # The format does not align tensors, and ndarray takes any offset.
         return np.ndarray(found.shape, found.dtype, buffer=data, offset=found.offset)[ranges]
 
+    def source(self, name: str) -> Path:
+        """See `Checkpoint`."""
+        return self._find(name).file
+
     def config(self) -> dict[str, Any]:
         """See `Checkpoint`."""
         return json.loads(json.dumps(self._config))  # type: ignore[no-any-return]
@@ -115,9 +120,26 @@ class SafetensorsCheckpoint:
         return found
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that is there twice, other readers may take the other value."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        [(twice, count)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has {twice!r} {count} times")
+    return found
+
+
+def _parse(text: str | bytes) -> Any:
+    """A JSON value. Raises ValueError, also for what is nested too deep."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def _read_json(path: Path, error: type[Exception]) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path.parent} has no {path.name}; give a complete model folder") from None
     except (OSError, ValueError) as e:
@@ -137,52 +159,74 @@ def _tensors(folder: Path) -> dict[str, _Tensor]:
     where = _read_json(folder / INDEX, WeightError).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise WeightError(f"{folder / INDEX} has no weight_map; download the index again")
-    headers: dict[str, dict[str, _Tensor]] = {}
     tensors: dict[str, _Tensor] = {}
-    for name, file in where.items():
-        if file not in headers:
-            if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
+    for file in _shards(folder, where):
+        for name, found in _read_header(file).items():
+            if name in tensors:
                 raise WeightError(
-                    f"{folder / INDEX} places tensor {name!r} in {file!r}, which is not a file of "
-                    f"{folder}; download that shard"
+                    f"{file} has tensor {name!r}, which {tensors[name].file.name} has too; one was wanted: "
+                    "download the model again"
                 )
-            headers[file] = _read_header(folder / file)
-        if name not in headers[file]:
+            tensors[name] = found
+    for name, file_name in where.items():
+        if name not in tensors or tensors[name].file.name != file_name:
             raise WeightError(
-                f"{folder / file} has no tensor {name!r}, but {INDEX} places it there; download both again"
+                f"{folder / file_name} has no tensor {name!r}, but {INDEX} places it there; download both "
+                "again"
             )
-        tensors[name] = headers[file][name]
     return tensors
 
 
-def _read_header(file: Path) -> dict[str, _Tensor]:
-    size = file.stat().st_size
-    with file.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+def _shards(folder: Path, where: dict[str, Any]) -> list[Path]:
+    """The files of an index, each once.
+
+    Raises:
+        WeightError: one is not there, or not in this folder.
+    """
+    found: dict[Any, Path] = {}
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
             raise WeightError(
-                f"{file} has {size} bytes, but wants a header of {length} bytes after the first 8; it is "
-                "truncated or no safetensors file: download it again"
+                f"{folder / INDEX} places tensor {name!r} in {file!r}, which is not a file of "
+                f"{folder}; download that shard"
             )
-        text = f.read(length)
+        found.setdefault(file, folder / file)
+    return list(found.values())
+
+
+def _read_header(file: Path) -> dict[str, _Tensor]:
     try:
-        header = json.loads(text)
+        size = file.stat().st_size
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise WeightError(
+                    f"{file} has {size} bytes, but wants a header of {length} bytes after the first 8; it is "
+                    "truncated or no safetensors file: download it again"
+                )
+            text = f.read(length)
+    except OSError as e:
+        raise WeightError(f"{file} cannot be read ({e}); check its permissions and the disk") from None
+    try:
+        header = _parse(text)
     except ValueError as e:
         raise WeightError(f"{file}: the header is not JSON ({e}); download the file again") from None
     if not isinstance(header, dict):
         raise WeightError(f"{file}: the header is not a JSON object; download the file again")
     header.pop("__metadata__", None)
-    return {name: _tensor(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    found = {name: _tensor(file, name, entry, 8 + length, size) for name, entry in header.items()}
+    _check_places(file, found, 8 + length, size)
+    return found
 
 
 def _tensor(file: Path, name: str, entry: Any, start: int, size: int) -> _Tensor:
     try:
-        shape = tuple(int(n) for n in entry["shape"])
-        first, last = (int(n) for n in entry["data_offsets"])
+        shape = tuple(_whole(n) for n in entry["shape"])
+        first, last = (_whole(n) for n in entry["data_offsets"])
         kind = str(entry["dtype"])
     except (TypeError, KeyError, ValueError):
         raise WeightError(
-            f"{file}: tensor {name!r} has header entry {entry!r}, but dtype, shape and data_offsets are "
+            f"{file}: tensor {name!r} has header entry {entry!r:.200}, but dtype, shape and data_offsets are "
             "wanted; download the file again"
         ) from None
     if kind not in DTYPES:
@@ -199,3 +243,29 @@ def _tensor(file: Path, name: str, entry: Any, start: int, size: int) -> _Tensor
             "download it again"
         )
     return _Tensor(file, shape, DTYPES[kind], start + first)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no whole number")
+    return value
+
+
+def _check_places(file: Path, tensors: dict[str, _Tensor], start: int, size: int) -> None:
+    """Refuse tensors that share bytes, and bytes that no tensor has: the format knows neither."""
+    spans = [(t.offset, t.offset + prod(t.shape) * t.dtype.itemsize, name) for name, t in tensors.items()]
+    spans = sorted(span for span in spans if span[0] < span[1])
+    ends = [start, *(last for _, last, _ in spans)]
+    before = ["the header", *(f"tensor {name!r}" for *_, name in spans)]
+    for what, wrong in (("shares bytes with", int.__lt__), ("leaves a gap after", int.__gt__)):
+        for (first, _, name), end, last in zip(spans, ends, before, strict=False):
+            if wrong(first, end):
+                raise WeightError(
+                    f"{file}: tensor {name!r} begins at byte {first}, but byte {end} was wanted: it {what} "
+                    f"{last}; download the file again"
+                )
+    if ends[-1] != size:
+        raise WeightError(
+            f"{file} has {size} bytes, but {before[-1]} ends at byte {ends[-1]}; the rest belongs to no "
+            "tensor: download it again"
+        )

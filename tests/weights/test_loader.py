@@ -46,7 +46,7 @@ def flatten(tensors: Tensors) -> None:
     [
         (drop, r"no tensor 'model\.layers\.1\.mlp\.down_proj\.weight' of shape"),
         (widen, r"'model\.layers\.0\.self_attn\.q_proj\.weight' has shape .* wants"),
-        (add, r"1 tensors that LlamaForCausalLM does not use, first 'model\.layers\.0\.self_attn\.extra"),
+        (add, r"'model\.layers\.0\.self_attn\.extra\.weight' is not one of LlamaForCausalLM"),
         (flatten, r"'model\.norm\.weight' has shape \(1, 64\)"),
     ],
 )

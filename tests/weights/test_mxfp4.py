@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from core.contract.errors import WeightError
+from core.contract.errors import ConfigError, WeightError
 from core.weights.checkpoint import Index, open_checkpoint
 from core.weights.mxfp4 import Mxfp4Checkpoint, dequantize
 from core.weights.safetensors import SafetensorsCheckpoint
@@ -118,8 +118,15 @@ def test_other_tensors_are_as_they_were(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_does_not_say_mxfp4_keeps_its_halves(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(write(tmp_path, pair(*random_pair()), "other"))
+    folder = write(tmp_path, pair(*random_pair()))
+    (folder / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(folder)
     assert set(checkpoint.names()) == {f"{NAME}_blocks", f"{NAME}_scales"}
+
+
+def test_a_quantization_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quant_method is 'other'; read are mxfp4, "):
+        open_checkpoint(write(tmp_path, pair(*random_pair()), "other"))
 
 
 def _short(t: dict[str, Any]) -> None:

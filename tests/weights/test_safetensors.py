@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from core.contract.errors import ConfigError, WeightError
 from core.weights import Checkpoint, open_checkpoint
@@ -83,8 +83,10 @@ def test_a_slice_equals_that_slice_of_the_whole(tmp_path: Path) -> None:
 
 def test_tensors_need_no_alignment(tmp_path: Path) -> None:
     write_folder(tmp_path, {})
-    header = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]}}).encode()
-    data = b"abc" + np.array([1.5, -2], "<f4").tobytes()
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    header += b" " * (3 - len(header) % 4)
+    assert len(header) % 4 == 3
+    data = np.array([1.5, -2], "<f4").tobytes()
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
     assert open_checkpoint(tmp_path).read("x").tolist() == [1.5, -2]
 
@@ -133,6 +135,39 @@ def _set(key: str, value: Any) -> Callable[[Path], None]:
     return lambda folder: _header(folder, lambda h: h["model.float32"].__setitem__(key, value))
 
 
+def _share(folder: Path) -> None:
+    def change(header: dict[str, Any]) -> None:
+        first, last = header["model.int32"]["data_offsets"]
+        header["model.float32"]["data_offsets"] = [first, last]
+
+    _header(folder, change)
+
+
+def _shift(folder: Path) -> None:
+    """Every tensor four bytes further on, and four bytes more."""
+
+    def change(header: dict[str, Any]) -> None:
+        for entry in header.values():
+            entry["data_offsets"] = [n + 4 for n in entry["data_offsets"]]
+
+    _header(folder, change)
+    _append(folder)
+
+
+def _append(folder: Path) -> None:
+    with (folder / "model.safetensors").open("ab") as f:
+        f.write(b"abcd")
+
+
+def _twice(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entry = json.dumps(json.loads(raw[8 : 8 + length])["model.float32"]).encode()
+    text = raw[8 : 8 + length].rstrip()[:-1] + b',"model.float32":' + entry + b"}"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+
 def _write(name: str, content: bytes) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         (folder / name).write_bytes(content)
@@ -159,6 +194,16 @@ def _cut(count: int) -> Callable[[Path], None]:
             r"'model\.float32' ends at byte 10\d+, but the file has",
         ),
         (_set("data_offsets", None), "data_offsets are wanted"),
+        (_set("shape", [6.0, 5]), "data_offsets are wanted"),
+        (_set("shape", ["6", 5]), "data_offsets are wanted"),
+        (
+            _share,
+            r"'model\.\w+' begins at byte \d+, but byte \d+ was wanted: it shares bytes with tensor",
+        ),
+        (_shift, r"begins at byte \d+, but byte \d+ was wanted: it leaves a gap after"),
+        (_append, r"ends at byte \d+; the rest belongs to no tensor"),
+        (_twice, r"'model\.float32' 2 times"),
+        (_write("model.safetensors", (10**5).to_bytes(8, "little") + b"[" * 10**5), "nested too deep"),
         (_cut(-1), "truncated"),
         (_cut(100), "truncated"),
         (_cut(3), "truncated"),
@@ -194,6 +239,25 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, name: str, file: Any, mes
     with pytest.raises(WeightError, match=message) as caught:
         open_checkpoint(folder)
     assert name in str(caught.value)
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "m", arrays())
+    shards = sorted(folder.glob("*.safetensors"))
+    here, there = (load_file(s) for s in shards)
+    name = min(here)
+    save_file({**there, name: here[name]}, shards[1])
+    with pytest.raises(WeightError, match=f"has tensor '{name}', which .* has too") as caught:
+        open_checkpoint(folder)
+    assert all(s.name in str(caught.value) for s in shards)
+
+
+def test_what_a_shard_holds_beside_the_index_is_found_too(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "m", arrays())
+    shard = next(folder.glob("*.safetensors"))
+    save_file({**load_file(shard), "model.more": np.ones(2, np.float32)}, shard)
+    found = open_checkpoint(folder)
+    assert "model.more" in found.names() and found.source("model.more") == shard
 
 
 def test_a_path_that_is_no_model_says_what_is(tmp_path: Path) -> None:

@@ -134,7 +134,9 @@ class AsyncLLM:
 
     async def _start(self) -> None:
         try:
-            self.tokenizer = await asyncio.to_thread(load_tokenizer, self._config.model)
+            self.tokenizer = await asyncio.to_thread(
+                load_tokenizer, self._config.model, or_bytes=self._config.load_format == "dummy"
+            )
         except CoreError:
             # What the engine finds wrong with the model's folder says more, and is known before it loads.
             await self._loading.wait()

@@ -28,6 +28,11 @@ class EngineConfig:
     backend: str = option("auto", "backend by name; auto = the best that finds a device")
     device: int = option(0, "index of the backend's device; that of the first rank")
     dtype: str = option("auto", "compute dtype; auto = the checkpoint's where the backend computes in it")
+    load_format: Literal["auto", "dummy"] = option(
+        "auto",
+        "where weights come from: auto = the model's files; dummy = seeded random values, for which "
+        "config.json is enough",
+    )
     quantized: Literal["auto", "packed", "dequantized"] = option(
         "auto",
         "quantized weights of a .gguf file: packed = as they are, where the backend can; dequantized = "
@@ -72,6 +77,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
         if self.policy not in ("fcfs", "priority"):
             raise ConfigError(f"policy is {self.policy!r}; choose fcfs or priority")
+        if self.load_format not in ("auto", "dummy"):
+            raise ConfigError(f"load_format is {self.load_format!r}; choose auto or dummy")
         if self.quantized not in ("auto", "packed", "dequantized"):
             raise ConfigError(f"quantized is {self.quantized!r}; choose auto, packed or dequantized")
         if self.max_requests > self.max_batch_tokens:

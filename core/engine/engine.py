@@ -61,7 +61,7 @@ def _open(config: EngineConfig, plugins: Plugins | None) -> _Opened:
     selection = plugins.select(config.backend)
     spec = selection.spec
     _check_ranks(config, spec)
-    with closing(open_checkpoint(config.model)) as checkpoint:
+    with closing(open_checkpoint(config.model, config.load_format)) as checkpoint:
         definition, model = read_model(checkpoint)
         dtype, _ = choose_dtype(spec, config.dtype, model.dtype)
         check_layers(spec, definition.cache_layers(model.local(config.tensor_parallel), dtype))

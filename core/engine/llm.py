@@ -49,6 +49,7 @@ class LLM:
         *,
         backend: str = "auto",
         dtype: str = "auto",
+        load_format: Literal["auto", "dummy"] = "auto",
         quantized: Literal["auto", "packed", "dequantized"] = "auto",
         device: int = 0,
         max_model_len: int | None = None,
@@ -72,6 +73,7 @@ class LLM:
             model=resolve_model(str(model), cache_dir()),
             backend=backend,
             dtype=dtype,
+            load_format=load_format,
             quantized=quantized,
             device=device,
             max_model_len=max_model_len,
@@ -89,7 +91,7 @@ class LLM:
             warm_up=warm_up,
             backend_options=dict(backend_options or {}),
         )
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = load_tokenizer(config.model, or_bytes=config.load_format == "dummy")
         with _loading(config.model.name, show_progress) as progress:
             self.engine = Engine(config, progress=progress, on_resolved=_tell if show_progress else None)
         self._ids = itertools.count()
@@ -131,9 +133,15 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        tools: Sequence[Message] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several: messages are mappings with `role` and `content`.
+
+        Args:
+            tools: JSON schemas of functions that the model may call.
+            chat_template_kwargs: further names for the model's template, such as `enable_thinking`.
 
         Raises:
             ConfigError: the model has no chat template. Otherwise as `generate`.
@@ -141,12 +149,17 @@ class LLM:
         if isinstance(messages, str):
             raise RequestError("messages is a text; give a list such as [{'role': 'user', 'content': ...}]")
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        prompts = [self.chat_prompt(m) for m in many]  # type: ignore[arg-type]
+        prompts = [self.chat_prompt(m, tools, chat_template_kwargs) for m in many]  # type: ignore[arg-type]
         return self.generate(prompts, params, use_tqdm=use_tqdm)
 
-    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation, ready for the model to answer."""
-        template = self.tokenizer.chat_template
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the model to answer; arguments as those of `chat`."""
+        template = (self.tokenizer.tool_template if tools else None) or self.tokenizer.chat_template
         if template is None:
             raise ConfigError("the model has no chat template; use generate with a prompt of your own")
         text = apply_chat_template(
@@ -155,6 +168,8 @@ class LLM:
             add_generation_prompt=True,
             bos_token=self.tokenizer.bos_token,
             eos_token=self.tokenizer.eos_token,
+            tools=tools,
+            variables=chat_template_kwargs,
         )
         return self.tokenizer.encode(text, add_special_tokens=False)
 

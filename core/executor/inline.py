@@ -29,12 +29,12 @@ class InlineExecutor(Executor):
 
     def resolve(self, backend_reason: str) -> Resolution:
         """See Executor."""
-        with closing(open_checkpoint(self._config.model)) as checkpoint:
+        with closing(open_checkpoint(self._config.model, self._config.load_format)) as checkpoint:
             return self._worker.resolve(checkpoint, backend_reason)
 
     def load(self, resolution: Resolution, progress: Progress | None) -> RankReport:
         """See Executor."""
-        with closing(open_checkpoint(self._config.model)) as checkpoint:
+        with closing(open_checkpoint(self._config.model, self._config.load_format)) as checkpoint:
             return self._worker.load(checkpoint, resolution, progress)
 
     def allocate(self, budget: CacheBudget) -> None:

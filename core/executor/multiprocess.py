@@ -207,11 +207,11 @@ class _Worker:
         self._failed: dict[int, Exception] = {}
 
     def do_resolve(self, backend_reason: str) -> Resolution:
-        with closing(open_checkpoint(self._config.model)) as checkpoint:
+        with closing(open_checkpoint(self._config.model, self._config.load_format)) as checkpoint:
             return self._rank.resolve(checkpoint, backend_reason)
 
     def do_load(self, resolution: Resolution) -> RankReport:
-        with closing(open_checkpoint(self._config.model)) as checkpoint:
+        with closing(open_checkpoint(self._config.model, self._config.load_format)) as checkpoint:
             return self._rank.load(checkpoint, resolution, self._progress)
 
     def _progress(self, state: LoadState) -> None:

@@ -218,6 +218,8 @@ class Service:
         if request.reasoning_effort is not None:
             variables["reasoning_effort"] = request.reasoning_effort
         template = tokenizer.chat_template
+        if request.tools and tokenizer.tool_template is not None:
+            template = tokenizer.tool_template
 
         def render() -> list[int]:
             text = apply_chat_template(

@@ -1,29 +1,36 @@
-"""Chat templates: a model's Jinja template, rendered in a sandbox.
+"""Chat templates: a model's Jinja template, rendered in a sandbox in a process of its own.
 
-A template comes with the weights and a message comes over the network, so neither may reach Python: values
-are rebuilt from plain JSON types, attributes are checked by Jinja's sandbox, and what a template can make is
-bounded in size. Time is not bounded: a template that loops long is the model's fault.
+A template comes with the weights and a message comes over the network, so neither may reach Python, take long
+or take much memory. Values are rebuilt from plain JSON types; the process (`template_worker.py`) is started
+at
+first use, renders one conversation after the other, and is replaced when a template makes it pass a limit.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
-import re
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from core.contract.errors import ConfigError, RequestError
 
-if TYPE_CHECKING:
-    from jinja2 import Template
+MAX_SECONDS = 0.8
+"""Of computing, for one conversation."""
+MAX_TEMPLATE = 1 << 20
+"""Characters of a template."""
 
-MAX_CHARACTERS = 1 << 24
-"""Of a rendered conversation, and of any one string or list that an operator makes."""
-MAX_BITS = 4096
-
-_WIDE = re.compile(r"%[-+ #0]*(\*|\d{4,})|\.(\*|\d{4,})")
+# A busy machine may let a process wait much longer than it computes.
+_PATIENCE_S = 30.0
+_SCRIPT = Path(__file__).with_name("template_worker.py")
 
 
 def apply_chat_template(
@@ -37,19 +44,23 @@ def apply_chat_template(
 ) -> str:
     """Text of a conversation, ready for `Tokenizer.encode(..., add_special_tokens=False)`.
 
+    Thread-safe; conversations are rendered one after the other.
+
     Args:
         messages: in order, each with `role`, `content` and what else the template knows; JSON values.
         add_generation_prompt: end with the opening of the model's turn.
         tools: JSON schemas of functions. variables: further names for the template (`enable_thinking`).
 
     Raises:
-        ConfigError: the template is not valid, or does what the sandbox forbids.
-        RequestError: the template refuses these messages, they are not JSON values, or the text grows past
-        `MAX_CHARACTERS`.
+        ConfigError: the template has a syntax error, or is longer than `MAX_TEMPLATE`.
+        RequestError: the template refuses these messages, they are not JSON values, or it does what the
+        sandbox forbids or takes more time, memory or text than it may.
     """
-    from jinja2.exceptions import SecurityError, TemplateError
-
-    compiled = _compile(template)
+    if len(template) > MAX_TEMPLATE:
+        raise ConfigError(
+            f"the chat template has {len(template)} characters, {MAX_TEMPLATE} at most are read; use "
+            "another one"
+        )
     names = {
         **(variables or {}),
         "messages": list(messages),
@@ -59,36 +70,18 @@ def apply_chat_template(
         "bos_token": bos_token,
         "eos_token": eos_token,
     }
-    pieces, length = [], 0
     try:
-        for piece in compiled.generate(_plain(names)):
-            length += len(piece)
-            _check_size(length)
-            pieces.append(piece)
-    except SecurityError as e:
-        raise ConfigError(f"the chat template does what a template may not ({e}); use another one") from None
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-    ) as e:
-        # Templates refuse by raise_exception, and also by failing on what they did not expect.
-        raise RequestError(
-            f"the chat template does not accept these messages: {e}; check their roles and contents"
-        ) from None
-    return "".join(pieces)
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_CHARACTERS:
-        raise RequestError(
-            f"the chat template made {size} characters, but {MAX_CHARACTERS} at most are allowed; shorten "
-            "the messages"
-        )
+        request = json.dumps({"template": template, "names": _plain(names), "seconds": MAX_SECONDS})
+    except (RecursionError, ValueError) as e:
+        raise RequestError(f"a message cannot be put into a chat template ({e}); send less of it") from None
+    answer = json.loads(_PROCESS.ask(request.encode()))
+    if "text" in answer:
+        return str(answer["text"])
+    if answer["kind"] == "syntax":
+        raise ConfigError(f"the chat template has an error in {answer['message']}; use another template")
+    raise RequestError(
+        f"{answer['message']}; check the messages' roles and contents, or use another template"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -110,88 +103,111 @@ def _plain(value: Any) -> Any:
     )
 
 
-@lru_cache(maxsize=32)
-def _compile(template: str) -> Template:
-    """Compiled once per template text.
+class _Process:
+    """The rendering process, started when it is needed and again after its end."""
 
-    Raises:
-        ConfigError: a syntax error; names the line.
-    """
-    import jinja2
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._owner = 0
 
-    class Environment(ImmutableSandboxedEnvironment):
-        """Operators that can make much out of little are checked before they run."""
+    def ask(self, request: bytes) -> bytes:
+        """The answer to a request.
 
-        intercepted_binops = frozenset({"*", "**", "+", "%"})
+        Raises:
+            RequestError: the process ended over it. ConfigError: it cannot be started.
+        """
+        with self._lock:
+            message = len(request).to_bytes(8, "little") + request
+            for is_fresh in (False, True):
+                child = self._start()
+                try:
+                    self._write(child, message)
+                    break
+                except OSError:
+                    # It ended while nothing was asked of it.
+                    self._end()
+                    if is_fresh:
+                        raise RequestError(
+                            "the process that renders chat templates ends at once; see its messages above"
+                        ) from None
+            return self._answer(child)
 
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _check_operator(operator, left, right)
-            return super().call_binop(context, operator, left, right)
+    def close(self) -> None:
+        """End the process. Idempotent."""
+        with self._lock:
+            self._end()
 
-    class Generation(Extension):
-        """`{% generation %}` marks the model's own words for training; here it is its contents."""
+    def _start(self) -> subprocess.Popen[bytes]:
+        # A fork of this process must not share the pipes.
+        if self._child is not None and self._owner == os.getpid() and self._child.poll() is None:
+            return self._child
+        if self._owner == os.getpid():
+            self._end()
+        try:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", str(_SCRIPT)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                bufsize=0,
+            )
+        except OSError as e:
+            raise ConfigError(
+                f"the process that renders chat templates cannot be started ({e}); check {sys.executable}"
+            ) from None
+        if self._owner != os.getpid():
+            atexit.register(self.close)
+        self._owner = os.getpid()
+        return self._child
 
-        tags = {"generation"}  # noqa: RUF012
+    def _write(self, child: subprocess.Popen[bytes], message: bytes) -> None:
+        rest = memoryview(message)
+        while rest and child.stdin is not None:
+            rest = rest[child.stdin.write(rest) :]
 
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def _answer(self, child: subprocess.Popen[bytes]) -> bytes:
+        deadline = time.monotonic() + _PATIENCE_S
+        head = self._read(child, 8, deadline)
+        body = self._read(child, int.from_bytes(head, "little"), deadline) if head is not None else None
+        if body is not None:
+            return body
+        in_time = time.monotonic() < deadline
+        self._end()
+        code = child.returncode
+        if not in_time or code == -signal.SIGPROF:
+            what = f"takes more than the {MAX_SECONDS} s that it may"
+        else:
+            what = f"ended its process (exit status {code})"
+        raise RequestError(
+            f"the chat template {what} with these messages; send less, or use another template"
+        )
 
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _now
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as e:
-        raise ConfigError(
-            f"the chat template has an error in line {e.lineno} ({e.message}); use another template"
-        ) from None
+    def _read(self, child: subprocess.Popen[bytes], count: int, deadline: float) -> bytes | None:
+        """That many bytes; None where the process ends or is too late."""
+        pieces: list[bytes] = []
+        while count and child.stdout is not None:
+            ready, _, _ = select.select([child.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            piece = os.read(child.stdout.fileno(), min(count, 1 << 20)) if ready else b""
+            if not piece:
+                return None
+            pieces.append(piece)
+            count -= len(piece)
+        return b"".join(pieces)
 
-
-def _check_operator(operator: str, left: Any, right: Any) -> None:
-    bits = left.bit_length() if isinstance(left, int) else 64
-    if operator == "*":
-        for many, times in ((left, right), (right, left)):
-            if isinstance(many, str | list | tuple) and isinstance(times, int):
-                _check_size(len(many) * times)
-        if isinstance(left, int) and isinstance(right, int):
-            _check_bits(bits + right.bit_length())
-    elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
-        _check_size(len(left) + len(right))
-    elif operator == "%" and isinstance(left, str) and _WIDE.search(left):
-        raise RequestError(f"the chat template formats with {left!r}; widths over 999 are not allowed")
-    elif operator == "**" and isinstance(right, int | float):
-        _check_bits(bits * abs(right))
-
-
-def _check_bits(bits: float) -> None:
-    if bits > MAX_BITS:
-        raise RequestError(f"the chat template makes a number of {bits:.0f} bits; {MAX_BITS} are allowed")
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without Jinja's own escapes for HTML, which models were not trained on."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    def _end(self) -> None:
+        child, self._child = self._child, None
+        if child is None:
+            return
+        # Give a process that is ending by itself the time to say how.
+        try:
+            child.wait(0.2)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+        child.wait()
 
 
-def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
+_PROCESS = _Process()

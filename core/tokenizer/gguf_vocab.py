@@ -59,13 +59,20 @@ def from_gguf(path: Path) -> FastTokenizer:
         ConfigError: its kind or its pre-tokenizer is not known, or a part is missing.
         WeightError: the file is broken.
     """
-    found = read_header(path).metadata
+    header = read_header(path)
+    found, embedding = header.metadata, header.tensors.get("token_embd.weight")
+    num_tokens = len(found.get("tokenizer.ggml.tokens") or ())
+    if embedding is not None and num_tokens > embedding.shape[0]:
+        raise ConfigError(
+            f"{path} has {num_tokens} tokens, but its embedding has {embedding.shape[0]} rows; convert it "
+            "again"
+        )
     kind = found.get("tokenizer.ggml.model")
     if kind == "gpt2":
         pre = _pre_tokenizer(path, found)
-        backend, add_bos = _byte_level(_vocabulary(path, found), pre), pre.add_bos
+        backend, add_bos = byte_level(_vocabulary(path, found), pre), pre.add_bos
     elif kind == "llama":
-        backend, add_bos = _sentence_piece(_vocabulary(path, found)), True
+        backend, add_bos = sentence_piece(_vocabulary(path, found)), True
     else:
         raise ConfigError(
             f"{path} has a tokenizer of kind {kind!r}; from GGUF files 'gpt2' (byte-level BPE) and 'llama' "
@@ -75,16 +82,18 @@ def from_gguf(path: Path) -> FastTokenizer:
     before = [bos] if bos is not None and found.get("tokenizer.ggml.add_bos_token", add_bos) else []
     after = [ends[0]] if ends and found.get("tokenizer.ggml.add_eos_token", False) else []
     if before or after:
-        backend.post_processor = _template(backend, before, after)
+        backend.post_processor = template(backend, before, after)
     return FastTokenizer(
         backend=backend,
         bos_token_id=bos,
         eos_token_ids=ends,
         chat_template=found.get("tokenizer.chat_template"),
+        tool_template=found.get("tokenizer.chat_template.tool_use"),
     )
 
 
-def _template(backend: Any, before: list[int], after: list[int]) -> Any:
+def template(backend: Any, before: list[int], after: list[int]) -> Any:
+    """A post-processor that puts these ids around a text."""
     from tokenizers.processors import TemplateProcessing
 
     names = {i: backend.id_to_token(i) for i in (*before, *after)}
@@ -113,7 +122,12 @@ def _vocabulary(path: Path, found: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary(path, found, tokens, kinds)
 
 
-def _byte_level(v: Vocabulary, pre: PreTokenizer) -> Any:
+def byte_level(v: Vocabulary, pre: PreTokenizer) -> Any:
+    """Byte-level BPE; merges, "left right" each, are the metadata's `tokenizer.ggml.merges`.
+
+    Raises:
+        ConfigError: merges are missing, or make no token.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
@@ -121,7 +135,7 @@ def _byte_level(v: Vocabulary, pre: PreTokenizer) -> Any:
     if merges is None:
         raise ConfigError(f"{v.path} lacks tokenizer.ggml.merges; convert it again")
     ids = v.ids
-    backend = Tokenizer(BPE(vocab=ids, merges=_pairs(v.path, merges, ids), ignore_merges=pre.ignore_merges))
+    backend = Tokenizer(BPE(vocab=ids, merges=pairs(v.path, merges, ids), ignore_merges=pre.ignore_merges))
     if pre.compose:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre.build()
@@ -132,7 +146,7 @@ def _byte_level(v: Vocabulary, pre: PreTokenizer) -> Any:
     return backend
 
 
-def _pairs(path: Path, merges: list[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def pairs(path: Path, merges: list[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     """Merges as pairs. Checked here, because the package panics on a merge outside the vocabulary."""
     pairs = []
     for merge in merges:
@@ -145,7 +159,12 @@ def _pairs(path: Path, merges: list[str], vocab: Mapping[str, int]) -> list[tupl
     return pairs
 
 
-def _sentence_piece(v: Vocabulary) -> Any:
+def sentence_piece(v: Vocabulary) -> Any:
+    """SentencePiece's BPE with bytes for what is no token; scores are the metadata's.
+
+    Raises:
+        ConfigError: scores or byte tokens are missing.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
@@ -158,7 +177,7 @@ def _sentence_piece(v: Vocabulary) -> Any:
             f"{v.path} lacks {len(missing)} of 256 byte tokens, first {missing[0]!r}; convert it again"
         )
     unknown = v.tokens[int(v.metadata.get("tokenizer.ggml.unknown_token_id", 0))]
-    model = BPE(vocab=ids, merges=_merges(v), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = BPE(vocab=ids, merges=merges(v), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = Tokenizer(model)
     prefixed = bool(v.metadata.get("tokenizer.ggml.add_space_prefix", True))
     spaces = normalizers.Replace(" ", SPACE)
@@ -181,7 +200,7 @@ def _with_spaces(v: Vocabulary) -> list[str]:
     return [t.replace(SPACE, " ") if kind == USER_DEFINED else t for t, kind in pairs]
 
 
-def _merges(v: Vocabulary) -> list[tuple[str, str]]:
+def merges(v: Vocabulary) -> list[tuple[str, str]]:
     """Every way to join two ordinary tokens into a third, by its score; equal ones by id.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Tokenizer: from a Hugging Face folder's tokenizer.json or from a GGUF file's metadata."""
+"""Tokenizer: what the engine needs of one, and its form over the tokenizers package."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +44,10 @@ class Tokenizer(Protocol):
     def chat_template(self) -> str | None:
         """The model's Jinja template, or None."""
 
+    @property
+    def tool_template(self) -> str | None:
+        """The template for conversations with tools, where the model has one of its own."""
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Special tokens that are spelled out in it are recognised.
 
@@ -72,16 +76,22 @@ class Tokenizer(Protocol):
         """Whether the token is one raw byte, which becomes text together with such neighbours."""
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, *, or_bytes: bool = False) -> Tokenizer:
     """The tokenizer of a model folder or of a .gguf file.
 
+    Args:
+        or_bytes: for a folder that has a config.json and no tokenizer, one whose ids are bytes.
+
     Raises:
-        ConfigError: there is none, it cannot be read, or its kind is not known.
+        ConfigError: there is none, it cannot be read, its kind is not known, or it has more tokens than the
+        model's embedding.
         WeightError: the .gguf file is broken.
     """
     path = Path(path)
-    if path.is_dir():
-        return _from_folder(path)
+    if path.is_dir() or (or_bytes and path.is_file() and path.suffix == ".json"):
+        from core.tokenizer.folder import from_folder
+
+        return from_folder(path, or_bytes=or_bytes)
     if path.suffix == ".gguf" and path.is_file():
         from core.tokenizer.gguf_vocab import from_gguf
 
@@ -97,6 +107,7 @@ class FastTokenizer:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     chat_template: str | None
+    tool_template: str | None = None
 
     @property
     def bos_token(self) -> str:
@@ -181,68 +192,5 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
-
-
-def _from_folder(folder: Path) -> FastTokenizer:
-    from tokenizers import Tokenizer as Backend
-
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise ConfigError(
-            f"{folder} has no tokenizer.json; save the model's tokenizer in that form (the fast form of "
-            "transformers)"
-        )
-    try:
-        backend = Backend.from_file(str(file))
-    except Exception as e:  # the package raises bare Exception
-        raise ConfigError(f"{file} cannot be read ({e}); download it again, or upgrade tokenizers") from None
-    backend.no_truncation()
-    backend.no_padding()
-    config = _read(folder / "tokenizer_config.json")
-    bos, eos = (_token_id(backend, config.get(name)) for name in ("bos_token", "eos_token"))
-    generation, model = _read(folder / "generation_config.json"), _read(folder / "config.json")
-    ends = _ids(generation.get("eos_token_id"))
-    if not ends:
-        ends = _ids(model.get("eos_token_id")) or _ids(model.get("text_config", {}).get("eos_token_id"))
-    # The tokenizer's own end first: it is the one that chat templates close a turn with.
-    return FastTokenizer(
-        backend=backend,
-        bos_token_id=bos,
-        eos_token_ids=tuple(dict.fromkeys([*([] if eos is None else [eos]), *ends])),
-        chat_template=_folder_template(folder, config),
-    )
-
-
-def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """A file of its own goes before the field of tokenizer_config.json, as in transformers."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    found = _read(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(found, list):
-        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON object, {} where the file is absent."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{file} cannot be read as JSON ({e}); download it again") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file} holds a {type(found).__name__}, not a JSON object; download it again")
-    return found
-
-
-def _token_id(backend: Any, token: Any) -> int | None:
-    text = token.get("content") if isinstance(token, dict) else token
-    found = backend.token_to_id(text) if isinstance(text, str) else None
-    return None if found is None else int(found)
-
-
-def _ids(value: Any) -> list[int]:
-    found: Iterable[Any] = value if isinstance(value, list) else [] if value is None else [value]
-    return [int(i) for i in found]
+BYTE_LETTERS = tuple(sorted(_BYTES, key=_BYTES.__getitem__))
+"""The letter that stands for each byte."""

@@ -83,15 +83,19 @@ _FP8 = ("fp8", "fbgemm_fp8", "compressed-tensors")
 _FLOAT_FORMATS = ("float-quantized", "naive-quantized")
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, load_format: str = "auto") -> Checkpoint:
     """Open a folder with config.json and safetensors, or a .gguf file. Headers are checked, no tensor is
-    read.
+    read. With `load_format` "dummy", random weights for a folder's config.json.
 
     Raises:
         ConfigError: the path is not there, or is neither of these.
         WeightError: a file is truncated, names an absent file or tensor, or its header contradicts itself.
     """
     path = Path(path)
+    if load_format == "dummy" and path.exists():
+        from core.weights.dummy import dummy_checkpoint
+
+        return dummy_checkpoint(path)
     if path.is_dir():
         from core.weights.safetensors import SafetensorsCheckpoint
 

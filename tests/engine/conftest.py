@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.models.conftest import tiny_folder
+from tests.models.tiny import VOCAB
 from tests.tokenizer.small import byte_level, write_folder
 
 __all__ = ["tiny_folder"]
@@ -19,4 +20,4 @@ def folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     """A tiny model with a tokenizer."""
     path = tmp_path_factory.mktemp("served") / "tiny"
     shutil.copytree(tiny_folder("llama"), path)
-    return write_folder(path, byte_level())
+    return write_folder(path, byte_level(VOCAB))

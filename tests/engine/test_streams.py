@@ -12,6 +12,7 @@ import pytest
 
 from core import LLM, SamplingParams
 from core.contract.errors import EngineDead, RequestError
+from tests.models.tiny import VOCAB
 from tests.tokenizer.small import byte_level, write_folder
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
@@ -21,7 +22,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize
 def llm(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Iterator[LLM]:
     path = tmp_path / "tiny"
     shutil.copytree(tiny_folder("llama"), path)
-    write_folder(path, byte_level())
+    write_folder(path, byte_level(VOCAB))
     with LLM(path, backend="null", dtype="float32", max_model_len=64, show_progress=False) as found:
         yield found
 

@@ -19,6 +19,7 @@ class FakeTokenizer:
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
+    tool_template: str | None = None
     bos_token = eos_token = ""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

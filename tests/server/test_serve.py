@@ -20,6 +20,7 @@ import openai
 import pytest
 
 from core.server.client import Client
+from tests.models.tiny import VOCAB
 from tests.tokenizer.small import byte_level, write_folder
 
 LONG = 30_000
@@ -32,7 +33,7 @@ def folder(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPath
     """A tiny model for many positions, with a tokenizer and a chat template."""
     path = tmp_path_factory.mktemp("served") / "tiny"
     shutil.copytree(tiny_folder("llama"), path)
-    write_folder(path, byte_level())
+    write_folder(path, byte_level(VOCAB))
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": LONG}))
     (path / "chat_template.jinja").write_text(TEMPLATE)

@@ -12,6 +12,8 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
+from core.tokenizer.tokenizer import BYTE_LETTERS
+
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 BOS, EOS, TURN, TOOL = "<|bos|>", "<|eos|>", "<|turn|>", "<tool>"
 TEXTS = (
@@ -66,10 +68,19 @@ def write_gguf(
     return path
 
 
-def byte_level() -> Tokenizer:
-    """The same vocabulary, as GPT-2 cuts texts."""
+NEVER = {BYTE_LETTERS[b] for b in (0xC0, 0xC1, *range(0xF5, 0x100))}
+"""Letters of bytes that no text in UTF-8 has."""
+
+
+def byte_level(size: int | None = None) -> Tokenizer:
+    """The same vocabulary, as GPT-2 cuts texts; the first `size` tokens of it, for a small embedding."""
     model = trained()
-    tokenizer = Tokenizer(BPE(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]]))
+    vocab, merges = model["vocab"], [tuple(m) for m in model["merges"]]
+    if size is not None:
+        kept = [t for t in sorted(vocab, key=vocab.__getitem__) if t not in NEVER][:size]
+        vocab = {t: i for i, t in enumerate(kept)}
+        merges = [m for m in merges if "".join(m) in vocab]
+    tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (BOS, EOS, TURN)])

@@ -1,0 +1,75 @@
+"""Loading tells how far it is: bytes, tensors, speed; of the first rank where there are several."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from core import LLM, SamplingParams
+from core.engine.config import EngineConfig
+from core.engine.engine import Engine
+from core.weights.loader import LoadState
+from tests.models.conftest import tiny_folder
+
+__all__ = ["tiny_folder"]
+
+
+def loaded(folder: Path, **options: Any) -> list[LoadState]:
+    states: list[LoadState] = []
+    config = EngineConfig(model=folder, dtype="float32", max_model_len=64, **options)
+    Engine(config, progress=states.append).close()
+    return states
+
+
+def test_progress_grows_to_every_byte_and_tensor_of_the_files(folder: Path) -> None:
+    states, tensors = loaded(folder, backend="cpu_reference"), load_file(folder / "model.safetensors")
+    assert (states[0].bytes_done, states[0].tensors_done) == (0, 0)
+    for before, after in pairwise(states):
+        assert before.bytes_done < after.bytes_done and before.tensors_done < after.tensors_done
+        assert before.seconds <= after.seconds
+    last = states[-1]
+    assert last.bytes_done == last.bytes_total == sum(t.nbytes for t in tensors.values())
+    assert last.tensors_done == last.tensors_total == len(tensors)
+    assert last.bytes_per_s == last.bytes_done / last.seconds
+
+
+def test_a_state_says_bytes_tensors_and_speed() -> None:
+    state = LoadState(1_500_000_000, 6_000_000_000, 30, 120, 0.5)
+    assert state.sentence() == "1.50 of 6.00 GB, 30 of 120 tensors, 3.00 GB/s"
+    assert LoadState(0, 1, 0, 1, 0.0).bytes_per_s == 0
+
+
+def test_llm_shows_what_it_loaded_where_it_may(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {"backend": "cpu_reference", "dtype": "float32", "max_model_len": 64}
+    LLM(folder, show_progress=False, **options).close()
+    assert not capsys.readouterr().err
+    LLM(folder, **options).close()
+    captured = capsys.readouterr()
+    count = len(load_file(folder / "model.safetensors"))
+    pattern = rf"loaded 0\.00 of 0\.00 GB, {count} of {count} tensors, \d+\.\d\d GB/s in \d+\.\d s"
+    assert re.search(pattern, captured.err) and not captured.out
+
+
+@pytest.mark.slow
+def test_ranks_share_dummy_weights_and_the_first_tells_its_progress(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = json.loads((tiny_folder("llama") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    alone, shared = (loaded(tmp_path, backend="cpu", load_format="dummy", tensor_parallel=n) for n in (1, 2))
+    assert 0 < shared[-1].bytes_total < 0.7 * alone[-1].bytes_total
+    assert shared[-1].tensors_done == alone[-1].tensors_total
+    found = []
+    for ranks in (1, 2):
+        options: dict[str, Any] = {"backend": "cpu", "dtype": "float32", "load_format": "dummy"}
+        with LLM(tmp_path, tensor_parallel=ranks, max_model_len=64, show_progress=False, **options) as llm:
+            params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+            found.append(llm.generate([5, 6, 7], params)[0].outputs[0].token_ids)
+    assert found[0] == found[1]

@@ -71,7 +71,7 @@ def decode_steps(scheduler: Scheduler, builder: BatchBuilder) -> Iterator[float]
         plan = scheduler.schedule()
         if plan is None:
             return
-        batch, _ = builder.build(plan)
+        batch, _ = builder.build(plan), builder.sampling(plan)
         seconds = time.perf_counter() - start
         if batch.num_decodes == RUNNING and not plan.prefills:
             yield seconds

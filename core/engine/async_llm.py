@@ -264,6 +264,9 @@ class AsyncLLM:
         self._reserve(wire_id, name, params.n)
         try:
             ids = await self._tokenize(prompt)
+            if params.bad_words:
+                encode = partial(self.tokenizer.encode, add_special_tokens=False)
+                params = await asyncio.to_thread(params.resolved, encode)
             self._check_alive()
             seed = secrets.randbits(64) if params.seed is None else params.seed
             message = given(request_id=wire_id, prompt_ids=ids, params=replace(params, seed=seed))

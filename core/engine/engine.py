@@ -1,17 +1,19 @@
 """The engine: requests in, events out, one step at a time.
 
 `step` keeps up to `overlap` steps in flight: it schedules and submits until that many are, then waits for the
-oldest and gives its tokens to the scheduler. Everything before the first request (choice of backend, memory
-plan, loading) happens in `Engine.__init__`, in that order, so that what cannot work fails before weights are
-read.
+oldest and gives its tokens to the scheduler. A step with a draw that depends on the sequence's earlier output
+is submitted too, but sampled only when the tokens before are known, and no step follows it until then.
+
+Everything before the first request (choice of backend, memory plan, loading) happens in `Engine.__init__`, in
+that order, so that what cannot work fails before weights are read.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from core.block_manager import BlockManager
@@ -34,7 +36,7 @@ from core.plugins import BackendHandle, Plugins
 from core.runner.buckets import Buckets
 from core.runner.builder import BatchBuilder
 from core.sampling.params import SamplingParams
-from core.scheduler import Event, Request, Scheduler, SchedulerConfig
+from core.scheduler import Event, Request, Scheduler, SchedulerConfig, StepPlan
 from core.weights.checkpoint import open_checkpoint
 from core.weights.checks import check_checkpoint
 from core.weights.loader import Progress
@@ -190,6 +192,7 @@ class Engine:
         self._clock = clock
         self._trace = StepTrace() if debug_level() >= 3 else None
         self._overlap = self.resolution.overlap
+        self._unsampled: StepPlan | None = None
         buckets = Buckets(spec, plan, self.resolution.max_batch_tokens, self.max_model_len)
         size = max(StepLayout.of(b, plan, spec.batch).size for b in buckets.largest())
         buffers = [self._executor.host_buffer(size) for _ in range(self._overlap + 1)]
@@ -278,6 +281,7 @@ class Engine:
             if self._trace is not None:
                 self._trace.result(oldest, sampled)
             events = self.scheduler.update(oldest, sampled.tokens, sampled, result.prompts)
+            self._sample_late()
             self._observers.step_done(oldest, events)
             return events
         except Exception as error:
@@ -285,20 +289,38 @@ class Engine:
             raise EngineDead(f"the engine stopped: {error}") from error
 
     def _fill(self) -> None:
-        while self.scheduler.num_in_flight < self._overlap:
-            try:
+        self._sample_late()
+        while self._unsampled is None and self.scheduler.num_in_flight < self._overlap:
+            with self._whole():
                 plan = self.scheduler.schedule()
                 if plan is None:
                     return
-                batch, sampling = self._builder.build(plan)
+                batch = self._builder.build(plan)
                 if self._trace is not None:
                     self._trace.batch(batch, plan)
                 self._observers.step_begun(plan)
+                sampling = self._builder.sampling(plan) if self._builder.is_known(plan) else None
                 self._executor.submit(batch, sampling, plan.copies, plan.prompts)
-            except KeyboardInterrupt as error:
-                # What was scheduled and what was submitted may differ now. A wait can be taken up again.
-                self._dead = EngineDead("it was interrupted while a step was being submitted")
-                raise error
+                self._unsampled = plan if sampling is None else None
+
+    def _sample_late(self) -> None:
+        """Sample the step that waits for the tokens before its own, once they are known."""
+        plan = self._unsampled
+        if plan is not None and self._builder.is_known(plan):
+            with self._whole():
+                self._executor.sample(plan.step_id, self._builder.sampling(plan))
+                self._unsampled = None
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What an interrupt must not leave half done: what was scheduled and what was submitted would differ.
+        A wait can be taken up again.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._dead = EngineDead("it was interrupted while a step was being submitted")
+            raise
 
     def _check_alive(self) -> None:
         if self._dead is not None:

@@ -224,6 +224,7 @@ class LLM:
             for prompt, one in zip(prompts, params, strict=True):
                 text = prompt if isinstance(prompt, str) else None
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(map(index, prompt))
+                one = one.resolved(partial(self.tokenizer.encode, add_special_tokens=False))
                 request = self.engine.add(f"request-{next(self._ids)}", ids, one)
                 end = partial(self.engine.end_choice, request.request_id)
                 added.append(RequestStream(request, text, self.tokenizer, time.monotonic, end))

@@ -52,12 +52,16 @@ class InlineExecutor(Executor):
     def submit(
         self,
         batch: StepBatch,
-        sampling: SamplingBatch,
+        sampling: SamplingBatch | None,
         copies: Sequence[BlockCopy],
         prompts: Sequence[PromptRow] = (),
     ) -> None:
         """See Executor."""
         self._worker.runner.submit(batch, sampling, copies, prompts)
+
+    def sample(self, step_id: int, sampling: SamplingBatch) -> None:
+        """See Executor."""
+        self._worker.runner.sample(step_id, sampling)
 
     def wait(self, step_id: int) -> StepResult:
         """See Executor."""

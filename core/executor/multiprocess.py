@@ -35,6 +35,8 @@ from core.weights.checkpoint import open_checkpoint
 from core.weights.loader import LoadState, Progress
 
 _PROGRESS_S = 0.1
+_UNANSWERED = ("submit", "sample")
+"""Commands whose failure is told when the step is waited for."""
 
 
 class MultiprocessExecutor(Executor):
@@ -85,7 +87,7 @@ class MultiprocessExecutor(Executor):
     def submit(
         self,
         batch: StepBatch,
-        sampling: SamplingBatch,
+        sampling: SamplingBatch | None,
         copies: Sequence[BlockCopy],
         prompts: Sequence[PromptRow] = (),
     ) -> None:
@@ -93,6 +95,10 @@ class MultiprocessExecutor(Executor):
         counts = (batch.num_tokens, batch.num_requests, batch.num_decodes, batch.num_samples)
         moves = tuple(copies)
         self._send("submit", batch.step_id, batch.bucket, counts, batch.flat, sampling, moves, tuple(prompts))
+
+    def sample(self, step_id: int, sampling: SamplingBatch) -> None:
+        """See Executor."""
+        self._send("sample", step_id, sampling)
 
     def wait(self, step_id: int) -> StepResult:
         """See Executor."""
@@ -186,7 +192,7 @@ def _worker_main(pipe: Connection, setup: bytes) -> None:
         except Exception as error:
             pipe.send_bytes(encode(("error", Failure.of(error, multiprocessing.current_process().name))))
             continue
-        if command != "submit":
+        if command not in _UNANSWERED:
             pipe.send_bytes(encode(("ok", result)))
     if worker is not None:
         worker.close()
@@ -233,7 +239,7 @@ class _Worker:
         bucket: Bucket,
         counts: tuple[int, int, int, int],
         flat: Int32,
-        sampling: SamplingBatch,
+        sampling: SamplingBatch | None,
         copies: tuple[BlockCopy, ...],
         prompts: tuple[PromptRow, ...],
     ) -> None:
@@ -242,6 +248,14 @@ class _Worker:
             layout = StepLayout.of(bucket, self._plan, self._rules)
             batch = StepBatch(step_id, layout, self._plan, flat.copy(), *counts)
             self._rank.runner.submit(batch, sampling, copies, prompts)
+        except Exception as error:
+            self._failed[step_id] = error
+
+    def do_sample(self, step_id: int, sampling: SamplingBatch) -> None:
+        if step_id in self._failed:
+            return
+        try:
+            self._rank.runner.sample(step_id, sampling)
         except Exception as error:
             self._failed[step_id] = error
 

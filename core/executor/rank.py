@@ -234,11 +234,15 @@ class Executor:
     def submit(
         self,
         batch: StepBatch,
-        sampling: SamplingBatch,
+        sampling: SamplingBatch | None,
         copies: Sequence[BlockCopy],
         prompts: Sequence[PromptRow] = (),
     ) -> None:
-        """Queue a step on every rank."""
+        """Queue a step on every rank; without `sampling`, `sample` follows before the next one."""
+        raise NotImplementedError
+
+    def sample(self, step_id: int, sampling: SamplingBatch) -> None:
+        """Queue the sampling of a step that was submitted without it, on every rank."""
         raise NotImplementedError
 
     def wait(self, step_id: int) -> StepResult:

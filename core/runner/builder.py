@@ -54,10 +54,9 @@ class BatchBuilder:
         self._state = [g for g, group in enumerate(plan.groups) if group.kind == "state"]
         self._count = np.arange(buckets.max_rows + 1, dtype=np.int32)
 
-    def build(self, step: StepPlan, outputs: Outputs | None = None) -> tuple[StepBatch, SamplingBatch]:
-        """The step's batch and sampling parameters, right after it was scheduled."""
-        samples = np.array([s for row in step.prefills for s in row.samples], np.int32)
-        num_samples = len(step.decode) + len(samples)
+    def build(self, step: StepPlan, outputs: Outputs | None = None) -> StepBatch:
+        """The step's batch, right after it was scheduled."""
+        num_samples = len(step.decode) + sum(len(row.samples) for row in step.prefills)
         layout, cached = self._layout(step, num_samples, outputs or Outputs(all_logits=bool(step.prompts)))
         index = step.step_id % len(self._buffers)
         flat = self._buffers[index][: layout.size]
@@ -81,8 +80,25 @@ class BatchBuilder:
             views[f"checkpoint_offset.{c.group}"][c.row] = c.offset
             views[f"checkpoint_slot.{c.group}"][c.row] = c.slot
         views["counts"][:] = (batch.num_tokens, batch.num_requests, batch.num_decodes, num_samples)
+        return batch
+
+    def sampling(self, step: StepPlan) -> SamplingBatch:
+        """The step's sampling parameters, before the next one is scheduled. Rows whose draw depends on their
+        earlier output need `is_known`.
+        """
+        samples = np.array([s for row in step.prefills for s in row.samples], np.int32)
         slots = np.concatenate([step.decode, samples]) if len(samples) else step.decode
-        return batch, sampling_batch(self._table, slots, self._vocab_size)
+        return sampling_batch(self._table, slots, self._vocab_size)
+
+    def is_known(self, step: StepPlan) -> bool:
+        """Whether the host knows every token on which a draw of this step depends."""
+        table = self._table
+        if not table.special:
+            return True
+        waits = [
+            s for s in step.decode.tolist() if (q := table.special.get(s)) and q.request.params.is_recurrent
+        ]
+        return bool((table.known[waits] >= table.computed[waits]).all())
 
     def _layout(
         self, step: StepPlan, num_samples: int, outputs: Outputs

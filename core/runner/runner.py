@@ -30,6 +30,19 @@ from core.scheduler.plan import PromptRow
 Compile = Callable[[CompileRequest], Program]
 
 
+@dataclass
+class _Pending:
+    """A submitted step: what it computes, and its tokens once sampling was submitted, too.
+
+    `output` is let go of once nobody needs it: logits are large.
+    """
+
+    batch: StepBatch
+    output: StepOutput | None
+    tokens: DeviceTokens | None
+    prompts: tuple[PromptRow, ...]
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step gave: tokens of the sampled rows, and log-probabilities of its prompt rows' targets."""
@@ -77,7 +90,7 @@ class Runner:
         self._spec = spec
         self._programs: dict[Bucket | None, Program] = {}
         self._is_serving = False
-        self._pending: dict[int, tuple[DeviceTokens, StepOutput | None, tuple[PromptRow, ...]]] = {}
+        self._pending: dict[int, _Pending] = {}
         self._state = allocator.allocate_state(plan)
 
     def _program(self, layout: StepLayout) -> Program:
@@ -114,11 +127,14 @@ class Runner:
     def submit(
         self,
         batch: StepBatch,
-        sampling: SamplingBatch,
+        sampling: SamplingBatch | None,
         copies: Sequence[BlockCopy],
         prompts: Sequence[PromptRow] = (),
     ) -> None:
-        """Queue a step on the device: block copies, forward pass, sampling."""
+        """Queue a step on the device: block copies, forward pass, sampling.
+
+        Without `sampling`, `sample` follows later, and before the next step.
+        """
         for group in sorted({c.group for c in copies}):
             pairs = [(c.src, c.dst) for c in copies if c.group == group]
             self._state = self._allocator.copy_blocks(
@@ -126,13 +142,28 @@ class Runner:
             )
         self._is_serving = True
         program = self._program(batch.layout)
-        output: StepOutput | None = None
-        if prompts:
+        if prompts or sampling is None:
             output, self._state = program.run(batch, self._state)
-            tokens, self._state = program.sample(output, batch, sampling, self._state)
+            self._pending[batch.step_id] = _Pending(batch, output, None, tuple(prompts))
+            if sampling is not None:
+                self.sample(batch.step_id, sampling)
         else:
             tokens, self._state = program.run_and_sample(batch, sampling, self._state)
-        self._pending[batch.step_id] = (tokens, output, tuple(prompts))
+            self._pending[batch.step_id] = _Pending(batch, None, tokens, ())
+
+    def sample(self, step_id: int, sampling: SamplingBatch) -> None:
+        """Queue the sampling of a step that was submitted without it.
+
+        Raises:
+            DeviceError: it failed, or there is no such step.
+        """
+        pending = self._pending.get(step_id)
+        if pending is None or pending.output is None or pending.tokens is not None:
+            raise DeviceError(f"step {step_id} does not wait for its sampling")
+        program = self._program(pending.batch.layout)
+        pending.tokens, self._state = program.sample(pending.output, pending.batch, sampling, self._state)
+        if not pending.prompts:
+            pending.output = None
 
     def wait(self, step_id: int) -> StepResult:
         """What a submitted step gave.
@@ -141,11 +172,12 @@ class Runner:
             DeviceError: the step failed, or was never submitted.
         """
         pending = self._pending.get(step_id)
-        if pending is None:
-            raise DeviceError(f"step {step_id} was not submitted to this runner")
+        if pending is None or pending.tokens is None:
+            lacks = "submitted to this runner" if pending is None else "sampled"
+            raise DeviceError(f"step {step_id} was not {lacks}")
         # An interrupted wait may be tried again.
-        tokens, output, prompts = pending
-        found = StepResult(tokens.get(), () if output is None else _prompts(output, prompts))
+        output = pending.output
+        found = StepResult(pending.tokens.get(), () if output is None else _prompts(output, pending.prompts))
         del self._pending[step_id]
         return found
 

@@ -14,6 +14,8 @@ from core.scheduler.sequence import Sequence, SlotTable
 
 UInt32 = npt.NDArray[np.uint32]
 
+_NONE: Int32 = np.zeros(0, np.int32)
+
 
 def sampling_batch(table: SlotTable, slots: Int32, vocab_size: int) -> SamplingBatch:
     """The parameters of the rows that these slots draw."""
@@ -37,9 +39,17 @@ def _with_special(plain: SamplingBatch, rows: list[tuple[int, Sequence]], vocab_
     biases: list[dict[int, float]] = [{} for _ in range(n)]
     logprobs = np.full(n, -1, np.int32)
     bitmask: UInt32 | None = None
+    penalties = np.array([[0.0], [0.0], [1.0]], np.float32).repeat(n, 1)
+    history: list[tuple[Int32, Int32]] = [(_NONE, _NONE)] * n
     for i, sequence in rows:
         params = sequence.request.params
         biases[i] = _bias(sequence, int(plain.position[i]), vocab_size)
+        if params.is_penalized:
+            penalties[:, i] = params.presence_penalty, params.frequency_penalty, params.repetition_penalty
+            history[i] = (
+                np.array(sequence.request.prompt_ids, np.int32),
+                np.array(sequence.output_ids, np.int32),
+            )
         logprobs[i] = -1 if params.logprobs is None else params.logprobs
         if params.allowed_token_ids is not None:
             if bitmask is None:
@@ -53,13 +63,24 @@ def _with_special(plain: SamplingBatch, rows: list[tuple[int, Sequence]], vocab_
         batch = replace(batch, bias_ids=ids, bias_values=values, bias_start=start)
     if bitmask is not None:
         batch = replace(batch, bitmask=bitmask)
+    if any(h[0] is not _NONE for h in history):
+        presence, frequency, repetition = penalties
+        batch = replace(
+            batch, presence=presence, frequency=frequency, repetition=repetition, history=tuple(history)
+        )
     return replace(batch, logprobs=logprobs) if (logprobs >= 0).any() else batch
 
 
 def _bias(sequence: Sequence, position: int, vocab_size: int) -> dict[int, float]:
-    """Of the token at `position`: the user's, and -inf for what would end the output too early."""
+    """Of the token at `position`: the user's, and -inf for what would end the output too early or complete a
+    sequence that is banned.
+    """
     request = sequence.request
     bias = dict(request.params.logit_bias or {})
+    output = sequence.output_ids
+    for *before, last in request.params.bad_words_ids:
+        if not before or output[-len(before) :] == before:
+            bias[last] = -np.inf
     if position - len(request.prompt_ids) < request.params.min_tokens:
         ends = (*request.eos_ids, *request.params.stop_token_ids)
         bias |= dict.fromkeys((i for i in ends if i < vocab_size), -np.inf)

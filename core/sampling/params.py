@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import inf, isfinite, isnan
 
 from core.contract.errors import RequestError
 
 MAX_LOGPROBS = 20
 """Most likely tokens of a position that may be reported."""
+MAX_BANS = 1024
+"""Sequences of ids that may be banned."""
+MAX_BAN_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,12 @@ class SamplingParams:
         stop_token_ids: ids that end the output, besides the model's own.
         ignore_eos: go on after the model's end-of-sequence id.
         min_tokens: the ids that end the output are not drawn before this many tokens.
+        presence_penalty: subtracted from the logits of ids that the output has.
+        frequency_penalty: the same, times how often it has them.
+        repetition_penalty: logits of ids that prompt or output have are divided by this where positive, else
+            multiplied by it.
+        bad_words: texts that are not generated; `resolved` makes them ids.
+        bad_words_ids: sequences of ids that are not generated: the last is not drawn after the others.
         logit_bias: added to the logits of these ids, by id; -inf forbids one.
         allowed_token_ids: only these ids are drawn; None = all.
         logprobs: report log-probabilities of each token drawn and of this many most likely ones; None = none.
@@ -51,6 +60,11 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    bad_words: tuple[str, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     logprobs: int | None = None
@@ -84,10 +98,26 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _check(name, value, value is None or 0 <= value <= MAX_LOGPROBS, f"in [0, {MAX_LOGPROBS}]")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _check(name, value, -2 <= value <= 2, "in [-2, 2]")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, 0 < penalty < inf, "above 0 and finite (1 = none)")
         self._check_ids()
         _check("stop", self.stop, all(self.stop), "made of texts that are not empty")
 
     def _check_ids(self) -> None:
+        words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ())
+        object.__setattr__(self, "bad_words", words)
+        _check("bad_words", words, all(words), "made of texts that are not empty")
+        if (count := sum(map(len, words))) > MAX_BAN_CHARACTERS:
+            raise RequestError(f"bad_words has {count} characters; it may have {MAX_BAN_CHARACTERS}")
+        bans = tuple(dict.fromkeys(tuple(int(i) for i in ban) for ban in self.bad_words_ids or ()))
+        object.__setattr__(self, "bad_words_ids", bans)
+        _check("bad_words_ids", bans, all(bans), "made of sequences that are not empty")
+        for name, many in (("bad_words", words), ("bad_words_ids", bans)):
+            if len(many) > MAX_BANS:
+                raise RequestError(f"{name} has {len(many)} entries; it may have {MAX_BANS}")
         if self.logit_bias is not None:
             bias = {int(i): float(value) for i, value in self.logit_bias.items()}
             object.__setattr__(self, "logit_bias", bias)
@@ -102,7 +132,41 @@ class SamplingParams:
     def is_plain(self) -> bool:
         """Whether rows of this request need none of what `core.runner.sampling` adds."""
         asked = (self.logit_bias, self.allowed_token_ids, self.logprobs)
-        return not self.min_tokens and all(value is None for value in asked)
+        changed = self.min_tokens or self.bad_words_ids or self.is_penalized
+        return not changed and all(value is None for value in asked)
+
+    @property
+    def is_penalized(self) -> bool:
+        """Whether a penalty applies."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a draw depends on the tokens drawn before it by more than its logits."""
+        return self.is_penalized or any(len(ban) > 1 for ban in self.bad_words_ids)
+
+    def resolved(self, encode: Callable[[str], list[int]]) -> SamplingParams:
+        """These parameters with `bad_words` as ids: of each text as it is and after a space, since a word has
+        other tokens inside a text than at its beginning. The original where there is none.
+
+        Args:
+            encode: token ids of a text, without special tokens.
+
+        Raises:
+            RequestError: a text has no tokens.
+        """
+        if not self.bad_words:
+            return self
+        bans = list(self.bad_words_ids)
+        for word in self.bad_words:
+            texts = (word,) if word[0].isspace() else (word, " " + word)
+            found = [tuple(ids) for text in texts if (ids := encode(text))]
+            if not found:
+                raise RequestError(
+                    f"the bad word {word!r} has no tokens in this model's vocabulary; leave it out"
+                )
+            bans += found
+        return replace(self, bad_words=(), bad_words_ids=tuple(bans))
 
     def check_ids(self, vocab_size: int, eos_ids: Iterable[int]) -> None:
         """Hold what the parameters say of ids against a vocabulary.
@@ -111,15 +175,21 @@ class SamplingParams:
             RequestError: an id is outside it, or no id is left that may be drawn.
         """
         bias, allowed = self.logit_bias or {}, self.allowed_token_ids
-        for i in (*bias, *(allowed or ()), *self.stop_token_ids):
+        if self.bad_words:
+            raise RequestError(
+                "bad_words are texts, but the engine takes ids; use bad_words_ids or `resolved`"
+            )
+        bans = [i for ban in self.bad_words_ids for i in ban]
+        for i in (*bias, *(allowed or ()), *self.stop_token_ids, *bans):
             if not 0 <= i < vocab_size:
                 raise RequestError(f"a parameter names token id {i}, but the vocabulary has {vocab_size} ids")
-        banned = {i for i, value in bias.items() if value == -inf}
+        banned = {i for i, value in bias.items() if value == -inf} | {ban[-1] for ban in self.bad_words_ids}
         if self.min_tokens:
             banned |= {*eos_ids, *self.stop_token_ids}
         if banned.issuperset(range(vocab_size) if allowed is None else allowed):
             raise RequestError(
-                "logit_bias, allowed_token_ids and min_tokens together leave no token to draw; allow one"
+                "logit_bias, allowed_token_ids, bad words and min_tokens together may leave no token to "
+                "draw; allow one more"
             )
 
 

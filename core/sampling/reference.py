@@ -91,8 +91,8 @@ def sample(logits: Float32, sampling: SamplingBatch) -> SampledTokens:
 
 
 def _permitted(logits: Float32, sampling: SamplingBatch) -> Float32:
-    """Logits with biases added, and -inf where an id is not allowed."""
-    if sampling.bias_start is None and sampling.bitmask is None:
+    """Logits with biases and penalties, and -inf where an id is not allowed."""
+    if sampling.bias_start is None and sampling.bitmask is None and sampling.history is None:
         return logits
     found: Float32 = logits.astype(np.float32)
     if sampling.bias_start is not None:
@@ -103,7 +103,37 @@ def _permitted(logits: Float32, sampling: SamplingBatch) -> Float32:
             np.asarray(sampling.bitmask, np.uint32).view(np.uint8), axis=-1, bitorder="little"
         )
         found[bits[:, : found.shape[1]] == 0] = -np.inf
+    for i, (prompt, output) in enumerate(sampling.history or ()):
+        penalize(
+            found[i],
+            np.asarray(prompt),
+            np.asarray(output),
+            *(np.float32(p[i]) for p in (sampling.presence, sampling.frequency, sampling.repetition)),
+        )
     return found
+
+
+def penalize(
+    logits: Float32,
+    prompt: npt.NDArray[np.int32],
+    output: npt.NDArray[np.int32],
+    presence: np.float32,
+    frequency: np.float32,
+    repetition: np.float32,
+) -> None:
+    """Apply penalties to one row of logits float32 [V] in place, each product and difference in float32.
+
+    First repetition, to ids of prompt (int32 [p]) and output (int32 [o]); then frequency and presence, to
+    those of the output.
+    """
+    if repetition != 1:
+        seen = np.zeros(len(logits), np.bool_)
+        seen[prompt] = seen[output] = True
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / repetition, logits[seen] * repetition)
+    if presence or frequency:
+        counts = np.bincount(output, minlength=len(logits)).astype(np.float32)
+        seen = counts > 0
+        logits[seen] = logits[seen] - frequency * counts[seen] - presence
 
 
 def _with_logprobs(tokens: npt.NDArray[np.int32], raw: Float32, sampling: SamplingBatch) -> SampledTokens:

@@ -7,7 +7,6 @@ used.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -52,6 +51,7 @@ class _Common(_Request):
     skip_special_tokens: bool = True
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    bad_words_ids: list[list[int]] | None = None
     prompt_logprobs: int | None = None
     priority: int = 0
     cache_salt: str = ""
@@ -84,6 +84,7 @@ class _Common(_Request):
             "logit_bias": self.logit_bias or None,
             "allowed_token_ids": None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
             "bad_words": tuple(self.bad_words or ()),
+            "bad_words_ids": tuple(map(tuple, self.bad_words_ids or ())),
             "seed": self.seed,
             "logprobs": logprobs,
             "prompt_logprobs": self.prompt_logprobs,
@@ -95,20 +96,7 @@ class _Common(_Request):
             "ignore_eos": self.ignore_eos,
             "skip_special_tokens": self.skip_special_tokens,
         }
-        known = {f.name for f in fields(SamplingParams)}
-        for name in given.keys() - known:
-            if given[name] != _NEUTRAL.get(name):
-                raise RequestError(f"{name} is not supported by this engine; leave it out")
-        return SamplingParams(**{name: value for name, value in given.items() if name in known})
-
-
-_NEUTRAL: dict[str, Any] = {
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "bad_words": (),
-}
-"""Values of parameters that change nothing; None for those that are not here."""
+        return SamplingParams(**given)
 
 
 class CompletionRequest(_Common):

@@ -11,6 +11,7 @@ import pytest
 
 from core import LLM, SamplingParams
 from core.engine.outputs import CompletionOutput
+from tests.models.tiny import VOCAB
 from tests.tokenizer.small import byte_level, write_folder
 
 PROMPT = [5, 6, 7, 8]
@@ -24,7 +25,7 @@ def llm(
 ) -> Iterator[LLM]:
     path = tmp_path_factory.mktemp("params") / "tiny"
     shutil.copytree(tiny_folder("llama"), path)
-    write_folder(path, byte_level())
+    write_folder(path, byte_level(VOCAB))
     options = {"max_model_len": 128, "max_requests": 4, "num_blocks": 64, "show_progress": False}
     with LLM(path, backend=request.param, dtype="float32", **options) as found:
         yield found

@@ -74,7 +74,7 @@ def test_buffers_are_used_in_turn() -> None:
     for step in range(5):
         plan = world.scheduler.schedule()
         assert plan is not None and plan.step_id == step
-        batch, _ = world.builder.build(plan)
+        batch = world.builder.build(plan)
         assert [np.shares_memory(batch.flat, buffer) for buffer in buffers] == [
             i == step % 3 for i in range(3)
         ]
@@ -93,8 +93,8 @@ def test_wanted_outputs_are_part_of_the_bucket() -> None:
     world = make(MIXED, KINDS["full"], 1)
     plan = world.scheduler.schedule()
     assert plan is not None
-    assert world.builder.build(plan)[0].bucket.outputs == Outputs()
-    assert world.builder.build(plan, Outputs(all_logits=True))[0].bucket.outputs.all_logits
+    assert world.builder.build(plan).bucket.outputs == Outputs()
+    assert world.builder.build(plan, Outputs(all_logits=True)).bucket.outputs.all_logits
 
 
 def test_sampling_parameters_follow_their_rows() -> None:
@@ -110,7 +110,7 @@ def test_sampling_parameters_follow_their_rows() -> None:
         world.add(request)
         plan = world.scheduler.schedule()
         assert plan is not None
-        batch, sampling = world.builder.build(plan)
+        batch, sampling = world.builder.build(plan), world.builder.sampling(plan)
         world.scheduler.update(plan.step_id, np.zeros(batch.num_samples, np.int32))
     rows = zip(
         sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.seed, strict=True

@@ -12,7 +12,7 @@ from core.contract.errors import RequestError
 from core.contract.types import SamplingBatch
 from core.runner.sampling import allowed_mask
 from core.sampling.params import SamplingParams
-from core.sampling.reference import sample
+from core.sampling.reference import penalize, sample
 
 Float32 = npt.NDArray[np.float32]
 V = 70
@@ -135,3 +135,99 @@ def test_parameters_that_the_vocabulary_does_not_bear_are_refused(fields: dict[s
     with pytest.raises(RequestError, match=words):
         SamplingParams(**fields).check_ids(V, (2,))
     SamplingParams(logit_bias={V - 1: 1.0}, allowed_token_ids=(0, 2), min_tokens=1).check_ids(V, (2,))
+
+
+def penalized(row: Float32, prompt: list[int], output: list[int], p: float, f: float, r: float) -> Float32:
+    """The page's rule, id by id."""
+    found = row.copy()
+    for i in range(len(row)):
+        if i in prompt or i in output:
+            found[i] = found[i] / np.float32(r) if found[i] > 0 else found[i] * np.float32(r)
+        if i in output:
+            found[i] = found[i] - np.float32(f) * np.float32(output.count(i)) - np.float32(p)
+    return found
+
+
+PENALTIES = [(0.7, 0.0, 1.0), (0.0, 0.4, 1.0), (0.0, 0.0, 1.7), (-1.5, -0.3, 0.6), (2.0, 1.1, 3.0)]
+
+
+@pytest.mark.parametrize("penalties", PENALTIES)
+def test_penalties_change_logits_of_ids_that_were_there(
+    penalties: tuple[float, float, float], logits: Float32
+) -> None:
+    rng = np.random.default_rng(3)
+    for row in logits:
+        prompt, output = rng.integers(0, V, 9).tolist(), rng.integers(0, 12, 20).tolist()
+        found = row.copy()
+        penalize(
+            found,
+            np.array(prompt, np.int32),
+            np.array(output, np.int32),
+            *(np.float32(value) for value in penalties),
+        )
+        assert np.array_equal(found, penalized(row, prompt, output, *penalties))
+        assert not np.array_equal(found, row)
+
+
+def test_penalties_of_a_row_leave_its_neighbours_alone(logits: Float32) -> None:
+    none = np.zeros(0, np.int32)
+    top = logits.argmax(-1).astype(np.int32)
+    fields = {
+        "presence": np.array([0, 2, 0, 0], np.float32),
+        "frequency": np.array([0, 0, 2, 0], np.float32),
+        "repetition": np.array([1, 1, 1, 9], np.float32),
+        "history": ((none, none), (none, top[1:2]), (none, top[2:3].repeat(3)), (top[3:4], none)),
+    }
+    tokens = sample(logits, batch(4, **fields)).tokens
+    assert tokens[0] == top[0] and (tokens[1:] != top[1:]).all()
+
+
+def test_a_bias_is_added_before_the_penalty_divides() -> None:
+    logits = np.zeros((1, V), np.float32)
+    logits[0, 8] = 3.0
+    none = np.zeros(0, np.int32)
+    fields = {
+        "presence": np.zeros(1, np.float32),
+        "frequency": np.zeros(1, np.float32),
+        "repetition": np.array([2.0], np.float32),
+        "history": ((np.array([5], np.int32), none),),
+        **biased([{5: 5.0}]),
+    }
+    # 5 / 2 loses to 3; 0 / 2 + 5 would win.
+    assert sample(logits, batch(1, **fields)).tokens[0] == 8
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"bad_words": ("",)},
+        {"bad_words_ids": ((),)},
+        {"bad_words_ids": tuple((i,) for i in range(1025))},
+        {"bad_words": ("x" * 40_000, "y" * 40_000)},
+    ],
+)
+def test_penalties_and_bans_out_of_range_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=next(iter(fields))):
+        SamplingParams(**fields)
+
+
+def test_bans_are_held_against_the_vocabulary() -> None:
+    with pytest.raises(RequestError, match="token id 70"):
+        SamplingParams(bad_words_ids=((1, 70),)).check_ids(V, ())
+    with pytest.raises(RequestError, match="leave no token"):
+        SamplingParams(allowed_token_ids=(4, 5), bad_words_ids=((4,), (4, 5))).check_ids(V, ())
+    with pytest.raises(RequestError, match="bad_words_ids"):
+        SamplingParams(bad_words=("x",)).check_ids(V, ())
+    SamplingParams(allowed_token_ids=(4, 5, 6), bad_words_ids=((4,), (4, 5))).check_ids(V, ())
+
+
+def test_bad_words_are_banned_at_the_beginning_and_inside_of_a_text() -> None:
+    tokens = {"cat": [1, 2], " cat": [3], "\n": [4], "none": [], " none": []}
+    params = SamplingParams(bad_words=("cat", "\n"), bad_words_ids=((9,),)).resolved(lambda t: tokens[t])
+    assert params.bad_words_ids == ((9,), (1, 2), (3,), (4,)) and not params.bad_words
+    with pytest.raises(RequestError, match="'none' has no tokens"):
+        SamplingParams(bad_words="none").resolved(lambda t: tokens[t])  # type: ignore[arg-type]

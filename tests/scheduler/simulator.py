@@ -417,7 +417,7 @@ class World:
         plan = self.scheduler.schedule()
         if plan is None:
             return False
-        batch, sampling = self.builder.build(plan)
+        batch, sampling = self.builder.build(plan), self.builder.sampling(plan)
         self._check(plan, batch, sampling)
         rows = [self._row(slot) for slot in plan.decode.tolist()]
         rows += [self._row(row.slot) for row in plan.prefills]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import fields
 from typing import Any
 
 import httpx
 import pytest
 
+from core.sampling.params import SamplingParams
 from tests.server.conftest import Connect
 from tests.server.fake import FakeEngine
 
@@ -233,25 +235,6 @@ def test_a_request_that_fails_ends_the_other_prompts_of_its_job(connect: Connect
     assert answer.status_code == 400 and not engine.live
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", 0.5),
-        ("repetition_penalty", 1.2),
-        ("bad_words", ["x"]),
-    ],
-)
-def test_a_parameter_that_the_engine_does_not_have_is_refused_and_not_ignored(
-    connect: Connect, field: str, value: Any
-) -> None:
-    engine = FakeEngine()
-    answer = post(connect(engine), "/v1/completions", prompt="x", **{field: value})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == f"{field} is not supported by this engine; leave it out"
-    assert not engine.asked
-
-
 def test_log_probabilities_are_written_as_each_endpoint_has_them(connect: Connect) -> None:
     answer = post(connect(), "/v1/completions", prompt="xy", logprobs=1, max_tokens=2).json()
     choice = answer["choices"][0]
@@ -281,8 +264,13 @@ def test_every_parameter_reaches_the_engine(connect: Connect) -> None:
         "prompt_logprobs": 1,
         "max_tokens": 5,
         "n": 2,
+        "presence_penalty": 0.25,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.2,
     }
-    lists = {"stop_token_ids": [4], "allowed_token_ids": [1, 2], "stop": ["s"]}
+    lists = {"stop_token_ids": [4], "allowed_token_ids": [1, 2], "stop": ["s"], "bad_words": ["xy"]}
+    lists |= {"bad_words_ids": [(1, 2), (3,)]}
+    assert {f.name for f in fields(SamplingParams)} - {*sent, *lists, "logit_bias"} == {"detokenize"}
     extra = {"priority": 2, "cache_salt": "me", "queue_timeout": 3.0, "timeout": 9.0}
     post(connect(engine), "/v1/completions", prompt="x", **sent, **lists, **extra, logit_bias={"5": -1.0})
     _, params, priority, salt, queue_timeout, timeout = engine.asked[0]

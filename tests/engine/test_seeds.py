@@ -59,7 +59,7 @@ def test_the_same_tokens_alone_batched_and_preempted(kind: str, tiny_folder: Fol
 
 
 def check(folder: Path, params: SamplingParams, one: list[int], other: list[int]) -> None:
-    """Assert that where the two first differ, the draw is not decided; `one` is the shared beginning's rest."""
+    """Assert that where they first differ, the oracle's draw is not decided."""
     at = next((i for i, (x, y) in enumerate(zip(one, other, strict=True)) if x != y), None)
     if at is None:
         return

@@ -20,7 +20,7 @@ from core.block_manager import BlockManager
 from core.contract.batch import StepLayout
 from core.contract.errors import EngineDead, RequestError, UnsupportedError
 from core.contract.requests import ObserverRequest
-from core.contract.spec import BackendSpec
+from core.contract.spec import BackendSpec, check_capabilities
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget, block_groups, check_layers
 from core.engine.metrics import EngineMetrics
@@ -66,7 +66,10 @@ def _open(config: EngineConfig, plugins: Plugins | None) -> _Opened:
     with closing(open_checkpoint(config.model, config.load_format)) as checkpoint:
         definition, model = read_model(checkpoint)
         dtype, _ = choose_dtype(spec, config.dtype, model.dtype)
-        check_layers(spec, definition.cache_layers(model.local(config.tensor_parallel), dtype))
+        local = model.local(config.tensor_parallel)
+        check_layers(spec, definition.cache_layers(local, dtype))
+        for record in definition.attention_specs(local):
+            check_capabilities(spec, record)
         check_checkpoint(definition, model, checkpoint)
     kind = MultiprocessExecutor if config.tensor_parallel > 1 else InlineExecutor
     backend = plugins.backend(spec.name)

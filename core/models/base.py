@@ -5,10 +5,11 @@ A definition is a module with these functions, read top to bottom:
 - `config(hf)`: the checkpoint's configuration -> ModelConfig;
 - `params(c)`: the tree of `Param` and `Constant`, global shapes, in the nesting that `forward` reads;
 - `cache_layers(c, dtype)`: one CacheLayerSpec per layer, local shapes;
+- `attention_specs(c)`: what the backend's attention must be able to do;
 - `forward(ops, c, w, caches, step)`: hidden state of every token, and the caches;
 - `head(ops, c, w, h, step)`: logits of the sampled rows.
 
-`c` in the last three is local to the rank. Trees are frozen dataclasses and tuples whose leaves are Param or
+`c` in the last four is local to the rank. Trees are frozen dataclasses and tuples whose leaves are Param or
 Constant in `params` and packed arrays in `forward`.
 """
 
@@ -46,6 +47,9 @@ class ModelDefinition(Protocol):
 
     def cache_layers(self, c: ModelConfig, dtype: str) -> tuple[CacheLayerSpec, ...]:
         """One per layer, local shapes; `dtype` of KV entries."""
+
+    def attention_specs(self, c: ModelConfig) -> tuple[object, ...]:
+        """The distinct records that `forward` gives to attention, which a backend must be able to do."""
 
     def forward(
         self, ops: Ops, c: ModelConfig, w: Any, caches: tuple[CacheHandle, ...], step: Step

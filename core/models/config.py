@@ -114,10 +114,14 @@ class ModelConfig:
     Attributes:
         layer_kinds: one per layer. windows: tokens that each layer's queries see, None = all; () = all
             everywhere.
+        local_rope: rotation of layers that have a window; None = that of all layers.
+        attention_scale: factor on q . k; None = head_size ** -0.5.
+        attention_soft_cap, logit_soft_cap: caps by tanh of scores and logits; None = none.
+        embed_scale: factor on embeddings.
         prefix: what tensor names in the checkpoint begin with.
         attention_gate: q_proj also gives a gate, by which attention's output is multiplied after a sigmoid.
         world_size: ranks that share each layer; sizes above are divided by it in a local config.
-        dtype: of the checkpoint.
+        dtype: of the checkpoint. compute_dtype: of activations, known when the model is loaded.
     """
 
     architecture: str
@@ -134,6 +138,11 @@ class ModelConfig:
     rope: RopeConfig
     layer_kinds: tuple[LayerKind, ...]
     windows: tuple[int | None, ...] = ()
+    local_rope: RopeConfig | None = None
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    embed_scale: float = 1.0
     activation: Activation = "silu"
     tied_head: bool = False
     qkv_bias: bool = False
@@ -148,6 +157,7 @@ class ModelConfig:
     prefix: str = "model."
     eos_token_ids: tuple[int, ...] = ()
     dtype: str = "float32"
+    compute_dtype: str = "float32"
     world_size: int = 1
 
     def local(self, world_size: int) -> ModelConfig:
@@ -297,6 +307,28 @@ def windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     kinds = hf.get("layer_types")
     first = int(hf.get("max_window_layers") or 0)
     slides = [k == "sliding_attention" for k in kinds] if kinds else [i >= first for i in range(num_layers)]
+    return tuple(int(size) if s else None for s in slides)
+
+
+def layer_windows(hf: Mapping[str, Any], num_layers: int, every: int = 1) -> tuple[int | None, ...]:
+    """Windows of `sliding_window` tokens: in the layers that `layer_types` names, else in all but every
+    `every`-th (1 = in all). None where the config has no window.
+
+    Raises:
+        ConfigError: a layer type that is not known, or fewer than there are layers.
+    """
+    kinds, size = hf.get("layer_types"), hf.get("sliding_window")
+    if kinds is None:
+        slides = [every == 1 or bool((i + 1) % every) for i in range(num_layers)]
+    else:
+        known = ("sliding_attention", "full_attention")
+        if unknown := [k for k in kinds if k not in known]:
+            raise ConfigError(f"layer type {unknown[0]!r} is not known; known are {', '.join(known)}")
+        if len(kinds) < num_layers:
+            raise ConfigError(f"layer_types has {len(kinds)} entries, but the model has {num_layers} layers")
+        slides = [k == "sliding_attention" for k in kinds[:num_layers]]
+    if not size or not any(slides):
+        return ()
     return tuple(int(size) if s else None for s in slides)
 
 

@@ -136,6 +136,21 @@ def ignored(c: ModelConfig, name: str) -> bool:
     return (index.isdigit() and int(index) >= c.num_layers) or llama.ignored(c, name)
 
 
+def attention_specs(c: ModelConfig) -> tuple[LatentSpec, ...]:
+    """See `core.models.base`."""
+    s = latent_of(c)
+    return (
+        LatentSpec(
+            scale=s.scale,
+            num_heads=c.num_heads,
+            nope_size=s.nope_size,
+            rope_size=s.rope_size,
+            v_head_size=s.v_head_size,
+            latent_size=s.kv_rank,
+        ),
+    )
+
+
 def latent_of(c: ModelConfig) -> LatentConfig:
     """The config's latent attention.
 
@@ -218,14 +233,7 @@ def attend(
     q, kv = x[:, :split], x[:, split:]
     if w.q_b is not None:
         q = ops.linear(ops.norm(q, w.q_norm, _LATENT_EPS), w.q_b)
-    spec = LatentSpec(
-        scale=s.scale,
-        num_heads=N,
-        nope_size=s.nope_size,
-        rope_size=s.rope_size,
-        v_head_size=s.v_head_size,
-        latent_size=s.kv_rank,
-    )
+    (spec,) = attention_specs(c)
     q = q.reshape(-1, N, q_size)
     out, cache = ops.norm_rope_attend_latent(
         q, kv, w.kv_norm, _LATENT_EPS, rope, w.w_k, w.w_v, cache, step, spec

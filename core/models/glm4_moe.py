@@ -21,6 +21,7 @@ from core.models.moe import MoeNames, adapt_experts, moe_of, moe_params
 ARCHITECTURES = ("Glm4MoeForCausalLM",)
 
 adapt = adapt_experts
+attention_specs = llama.attention_specs
 cache_layers = llama.cache_layers
 forward = qwen3_moe.forward
 head = llama.head

@@ -12,11 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 from core.contract.errors import ConfigError
-from core.contract.opspecs import ExpertWeights, RouteSpec
+from core.contract.opspecs import AttentionSpec, ExpertWeights, RouteSpec
 from core.contract.types import Param, Part
 from core.models import llama, qwen3_moe
 from core.models.base import Constant, norm_param
-from core.models.config import ModelConfig, MoeConfig, require
+from core.models.config import ModelConfig, MoeConfig, layer_windows, require
 from core.models.moe import MoeNames, moe_of, moe_params
 
 ARCHITECTURES = ("GptOssForCausalLM",)
@@ -53,16 +53,8 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         limit=float(hf.get("swiglu_limit", 7.0)),
         fused=True,
     )
-    return replace(c, family="gpt_oss", windows=_windows(hf, c.num_layers), activation="swigluoai", moe=moe)
-
-
-def _windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    kinds = hf.get("layer_types") or ["sliding_attention", "full_attention"] * num_layers
-    size = {"sliding_attention": int(hf["sliding_window"]), "full_attention": None}
-    unknown = [k for k in kinds if k not in size]
-    if unknown:
-        raise ConfigError(f"layer type {unknown[0]!r} is not known; known are {', '.join(size)}")
-    return tuple(size[k] for k in kinds[:num_layers])
+    windows = layer_windows(hf, c.num_layers, every=2)
+    return replace(c, family="gpt_oss", windows=windows, activation="swigluoai", moe=moe)
 
 
 def adapt(c: ModelConfig, names: Collection[str]) -> ModelConfig:
@@ -86,6 +78,11 @@ def params(c: ModelConfig) -> llama.Weights:
         norm=norm_param(f"{c.prefix}norm.weight", c.hidden_size),
         head=llama.head_param(c),
     )
+
+
+def attention_specs(c: ModelConfig) -> tuple[AttentionSpec, ...]:
+    """See `core.models.base`."""
+    return tuple(replace(spec, sinks=True) for spec in llama.attention_specs(c))
 
 
 def _attention_params(c: ModelConfig, layer: str) -> llama.Attention:

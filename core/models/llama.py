@@ -1,7 +1,7 @@
-"""Llama 2 and 3.x, Qwen2 and 2.5, Qwen3: dense decoders with grouped-query attention.
+"""Llama 2 and 3.x, Mistral, Qwen2 and 2.5, Qwen3: dense decoders with grouped-query attention.
 
-They differ in data only: biases on q, k, v (Qwen2), norms on each head's q and k (Qwen3), rotary scaling, a
-tied head.
+They differ in data only: windows (Mistral, Qwen2), biases on q, k, v (Qwen2), norms on each head's q and k
+(Qwen3), rotary scaling, a tied head.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from core.models.config import (
     all_attention,
     checkpoint_dtype,
     eos_ids,
+    layer_windows,
     require,
     rope_config,
     windows,
 )
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,15 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     architecture = hf["architectures"][0]
     heads = int(hf["num_attention_heads"])
     head_size = int(hf.get("head_dim") or hf["hidden_size"] // heads)
+    layers = int(hf["num_hidden_layers"])
     qwen2 = architecture == "Qwen2ForCausalLM"
+    is_mistral = architecture == "MistralForCausalLM"
     return ModelConfig(
         architecture=architecture,
         family="llama",
         vocab_size=int(hf["vocab_size"]),
         hidden_size=int(hf["hidden_size"]),
-        num_layers=int(hf["num_hidden_layers"]),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=int(hf.get("num_key_value_heads") or heads),
         head_size=head_size,
@@ -92,13 +95,13 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
         max_position=int(hf.get("max_position_embeddings", 2048)),
         rope=rope_config(hf, head_size),
-        layer_kinds=all_attention(int(hf["num_hidden_layers"])),
+        layer_kinds=all_attention(layers),
         tied_head=bool(hf.get("tie_word_embeddings", False)),
         qkv_bias=qwen2 or bool(hf.get("attention_bias", False)),
         output_bias=not qwen2 and bool(hf.get("attention_bias", False)),
         mlp_bias=bool(hf.get("mlp_bias", False)),
         qk_norm=architecture.startswith("Qwen3"),
-        windows=windows(hf, int(hf["num_hidden_layers"])),
+        windows=layer_windows({"sliding_window": 4096, **hf}, layers) if is_mistral else windows(hf, layers),
         eos_token_ids=eos_ids(hf),
         dtype=checkpoint_dtype(hf),
     )
@@ -201,12 +204,18 @@ def attention_spec(c: ModelConfig, window: int | None = None) -> AttentionSpec:
     """Causal attention over this config's local heads."""
     return AttentionSpec(
         window=window,
-        scale=c.head_size**-0.5,
+        scale=c.head_size**-0.5 if c.attention_scale is None else c.attention_scale,
+        soft_cap=c.attention_soft_cap,
         num_heads=c.num_heads,
         num_kv_heads=c.num_kv_heads,
         head_size=c.head_size,
         v_head_size=c.head_size,
     )
+
+
+def attention_specs(c: ModelConfig) -> tuple[AttentionSpec, ...]:
+    """See `core.models.base`."""
+    return tuple(attention_spec(c, window) for window in dict.fromkeys(c.windows or (None,)))
 
 
 def rope_of(c: ModelConfig, table: Packed) -> Rope:
@@ -225,6 +234,21 @@ def attend(
     window: int | None = None,
 ) -> tuple[Array, CacheHandle]:
     """h + attention(h): [T, D]."""
+    out, cache = heads(ops, c, w, rope, h, cache, step, window)
+    return ops.linear_add(out, w.o, h, w.o_bias), cache
+
+
+def heads(
+    ops: Ops,
+    c: ModelConfig,
+    w: Attention,
+    rope: Rope,
+    h: Array,
+    cache: CacheHandle,
+    step: Step,
+    window: int | None = None,
+) -> tuple[Array, CacheHandle]:
+    """What all heads give, before the output projection: [T, N * H]."""
     N, K, H = c.num_heads, c.num_kv_heads, c.head_size
     qkv = ops.norm_linear(h, w.norm, w.qkv, c.norm_eps, w.qkv_bias)
     q = qkv[:, : N * H].reshape(-1, N, H)  # [T, N, H]
@@ -234,7 +258,7 @@ def attend(
     out, cache = ops.norm_rope_attend(
         q, k, v, w.q_norm, w.k_norm, c.norm_eps, rope, cache, step, spec, w.sinks
     )
-    return ops.linear_add(out.reshape(-1, N * H), w.o, h, w.o_bias), cache
+    return out.reshape(-1, N * H), cache
 
 
 def mlp(ops: Ops, c: ModelConfig, w: Mlp, h: Array) -> Array:
@@ -261,4 +285,4 @@ def forward(
 
 def head(ops: Ops, c: ModelConfig, w: Weights, h: Array, step: Step) -> Array:
     """See `core.models.base`."""
-    return ops.head_logits(h, w.norm, w.head, step, c.norm_eps)
+    return ops.head_logits(h, w.norm, w.head, step, c.norm_eps, c.logit_soft_cap)

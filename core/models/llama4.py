@@ -17,7 +17,7 @@ from typing import Any
 from core.contract.batch import Step
 from core.contract.errors import ConfigError
 from core.contract.ops import Ops
-from core.contract.opspecs import ExpertWeights, QScale, Rope, RouteSpec
+from core.contract.opspecs import AttentionSpec, ExpertWeights, QScale, Rope, RouteSpec
 from core.contract.types import Array, CacheHandle, CacheLayerSpec, Param, Part
 from core.models import llama
 from core.models.base import Constant, linear_param, norm_param, weight
@@ -171,6 +171,17 @@ def cache_layers(c: ModelConfig, dtype: str) -> tuple[CacheLayerSpec, ...]:
     return tuple(llama.paged_layer(c, dtype, size) for size in chunks_of(c).sizes)
 
 
+def attention_specs(c: ModelConfig) -> tuple[AttentionSpec, ...]:
+    """See `core.models.base`."""
+    return tuple(dict.fromkeys(_attention_spec(c, i) for i in range(c.num_layers)))
+
+
+def _attention_spec(c: ModelConfig, layer: int) -> AttentionSpec:
+    kinds = chunks_of(c)
+    q_scale = None if kinds.rotated[layer] else kinds.q_scale
+    return replace(llama.attention_spec(c), chunk=kinds.sizes[layer], q_scale=q_scale)
+
+
 def attend(
     ops: Ops,
     c: ModelConfig,
@@ -188,9 +199,7 @@ def attend(
     k = qkv[:, N * H : (N + K) * H].reshape(-1, K, H)  # [T, K, H]
     v = qkv[:, (N + K) * H :].reshape(-1, K, H)
     rotated = kinds.rotated[layer]
-    spec = replace(
-        llama.attention_spec(c), chunk=kinds.sizes[layer], q_scale=None if rotated else kinds.q_scale
-    )
+    spec = _attention_spec(c, layer)
     if rotated and kinds.qk_norm:
         q, k = (ops.norm(ops.rope(x, rope, step), None, c.norm_eps) for x in (q, k))
         out, _, cache = ops.attend(q, k, v, cache, step, spec)

@@ -14,12 +14,13 @@ from typing import Any
 from core.contract.opspecs import RouteSpec
 from core.models import llama, qwen3_moe
 from core.models.base import Constant, norm_param
-from core.models.config import ModelConfig, MoeConfig, require
+from core.models.config import ModelConfig, MoeConfig, layer_windows, require
 from core.models.moe import MoeNames, adapt_experts, moe_of, moe_params
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 
 adapt = adapt_experts
+attention_specs = llama.attention_specs
 cache_layers = llama.cache_layers
 forward = qwen3_moe.forward
 head = llama.head
@@ -32,12 +33,11 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     """See `core.models.base`."""
     require(hf, "num_local_experts", "num_experts_per_tok")
     c = llama.config({"rope_theta": 1e6, "rms_norm_eps": 1e-5, **hf})
-    window = hf.get("sliding_window")
     route = RouteSpec(num_experts=int(hf["num_local_experts"]), top_k=int(hf["num_experts_per_tok"]))
     return replace(
         c,
         family="mixtral",
-        windows=(int(window),) * c.num_layers if window else (),
+        windows=layer_windows({**hf, "layer_types": None}, c.num_layers),
         moe=MoeConfig(route=route, layers=tuple(range(c.num_layers)), mlp_size=c.mlp_size),
     )
 

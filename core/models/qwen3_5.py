@@ -222,6 +222,9 @@ def _delta_net_params(c: ModelConfig, layer: str) -> DeltaNet:
     )
 
 
+attention_specs = llama.attention_specs
+
+
 def cache_layers(c: ModelConfig, dtype: str) -> tuple[CacheLayerSpec, ...]:
     """See `core.models.base`."""
     s = linear_of(c)

@@ -17,6 +17,7 @@ from core.models.moe import Moe, adapt_experts, moe_block, moe_of, moe_params
 
 ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 
+attention_specs = llama.attention_specs
 cache_layers = llama.cache_layers
 head = llama.head
 ignored = llama.ignored

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeVar
 
@@ -87,7 +87,7 @@ def load_model(
         WeightError: as `check_checkpoint`; a value is NaN or infinite. OutOfMemoryError: the device is full.
     """
     shard = shard or Shard()
-    local = c.local(shard.world_size)
+    local = replace(c.local(shard.world_size), compute_dtype=dtype)
     check_checkpoint(definition, c, checkpoint)
     tree = definition.params(c)
     order = leaves(tree)

@@ -17,7 +17,7 @@ import pytest
 
 from core.contract.errors import WeightError
 from core.models import definition
-from core.models.base import ModelDefinition
+from core.models.base import ModelDefinition, norm_param
 from core.models.config import ModelConfig
 from core.weights.checkpoint import open_checkpoint
 from tests.models.forced import forced_logits
@@ -144,6 +144,11 @@ def _switch_off(feature: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     if feature == "alpha":
         _set_slope_to_one(monkeypatch)
         return
+    if feature == "norms around zero":
+        from core.models import gemma
+
+        monkeypatch.setattr(gemma, "norm_param", lambda name, size, zero_centred: norm_param(name, size))
+        return
     checkpoint = open_checkpoint(folder)
     model: ModelDefinition = definition(checkpoint.config())
     checkpoint.close()
@@ -155,6 +160,10 @@ def _switch_off(feature: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             return replace(c, attention_gate=False)
         if feature == "tied head":
             return replace(c, tied_head=False)
+        if feature == "gelu":
+            return replace(c, activation="silu")
+        if feature == "embedding scale":
+            return replace(c, embed_scale=1.0)
         assert c.moe is not None
         if feature == "weights_on_input":
             return replace(c, moe=replace(c.moe, weights_on_input=False))

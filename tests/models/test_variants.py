@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from core.contract.errors import ConfigError, WeightError
+from core.contract.opspecs import AttentionSpec, LatentSpec
 from core.models import definition
 from tests.models import tiny
 from tests.models.harness import SHORT, model_logits
@@ -59,6 +60,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3, queries of full rank": ("deepseek_v3", {"q_lora_rank": None}),
     "v3, one group": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
     "v3, dense": ("deepseek_v3", {"first_k_dense_replace": 3}),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "gemma 2, no caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma 2, its own head": ("gemma2", {"tie_word_embeddings": False}),
+    "gemma 2, biases": ("gemma2", {"attention_bias": True}),
+    "gemma 2, gelu by erf": ("gemma2", {"hidden_activation": "gelu"}),
+    "gemma 3, windows everywhere": ("gemma3_text", {"layer_types": ["sliding_attention"] * 3}),
+    "gemma 3, no windows": ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
     "mixtral, no window": ("mixtral", {"sliding_window": None}),
     "gpt-oss, no biases in attention": ("gpt_oss", {"attention_bias": False}),
     "gpt-oss, no rope scaling": ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
@@ -179,6 +187,8 @@ def test_mixtrals_experts_may_be_stacked(tiny_folder: Folder, tmp_path: Path) ->
         ("gpt_oss", "layer_types", ["other_kind"] * 2),
         ("gpt_oss", "swiglu_alpha", 1.5),
         ("llama4_text", "layer_types", ["other_kind"] * 4),
+        ("gemma2", "hidden_activation", "other_kind"),
+        ("gemma3_text", "layer_types", ["other_kind"] * 3),
     ],
 )
 def test_what_is_not_known_is_refused(name: str, key: str, value: object, tiny_folder: Folder) -> None:
@@ -219,6 +229,7 @@ def test_a_tensor_that_the_model_does_not_use_is_refused_by_name(
         ("qwen3_5", "mtp.layers.0.other.weight"),
         ("deepseek_v3", "model.layers.3.mlp.experts.0.up_proj.weight"),
         ("llama4", "vision_model.other.weight"),
+        ("gemma3", "model.vision_tower.other.weight"),
         ("glm4_moe", "model.layers.3.mlp.experts.0.up_proj.weight"),
     ],
 )
@@ -247,19 +258,35 @@ def _with_tensors(folder: Path, path: Path, tensors: dict[str, Any]) -> Path:
     return path
 
 
-def test_a_backend_is_told_of_sinks_by_the_spec(tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The spec's flag is what a backend's capability is held against."""
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen2_window", "gemma2", "gemma3", "gpt_oss", "llama4", "qwen3_5", "deepseek_v3", "mixtral"],
+)
+def test_attention_gets_what_the_definition_announces(
+    name: str, tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is announced is held against a backend's capabilities before anything is allocated."""
     from backends.cpu_reference.ops import ReferenceOps
 
-    seen: set[tuple[bool, bool]] = set()
-    attend = ReferenceOps.norm_rope_attend
+    seen: set[object] = set()
 
-    def watched(self: Any, *args: Any) -> Any:
-        *_, spec, sinks = args
-        seen.add((spec.sinks, sinks is not None))
-        return attend(self, *args)
+    def watch(op: str) -> None:
+        run = getattr(ReferenceOps, op)
 
-    monkeypatch.setattr(ReferenceOps, "norm_rope_attend", watched)
-    for name in ("gpt_oss", "mixtral"):
-        model_logits(tiny_folder(name), IDS[:80], "cpu_reference", "float64")
-    assert seen == {(True, True), (False, False)}
+        def watched(self: Any, *args: Any) -> Any:
+            for spec in (a for a in args if isinstance(a, AttentionSpec | LatentSpec)):
+                seen.add(spec)
+                if isinstance(spec, AttentionSpec):
+                    assert spec.sinks == (args[-1] is not None and args[-1] is not spec)
+            return run(self, *args)
+
+        monkeypatch.setattr(ReferenceOps, op, watched)
+
+    for op in ("attend", "norm_rope_attend", "norm_rope_attend_latent"):
+        watch(op)
+    folder = tiny_folder(name)
+    model_logits(folder, IDS[:80], "cpu_reference", "float64")
+    hf = config_of(folder)
+    model = definition(hf)
+    announced = model.attention_specs(model.config(hf))
+    assert set(announced) == seen and len(announced) == len(seen)

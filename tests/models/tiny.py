@@ -70,13 +70,14 @@ _SCALING = Feature("rope_scaling", "rope_parameters.rope_type", "default")
 _TIED = Feature("tied head", "tie_word_embeddings")
 _QKV_BIAS = Feature("qkv_bias", "", None, "*.self_attn.[qkv]_proj.bias")
 _QK_NORM = Feature("qk_norm", "", None, "*.self_attn.[qk]_norm.weight", 1.0)
+_QK_NORM_ZERO = Feature("qk_norm", "", None, "*.self_attn.[qk]_norm.weight", 0.0)
 _NORM_TOPK = Feature("norm_topk", "norm_topk_prob", False)
 _TOP_K = Feature("top_k", "num_experts_per_tok", 1)
 _HYBRID = (
     _EPS,
     _THETA,
     Feature("partial_rotary", "rope_parameters.partial_rotary_factor", 1.0),
-    Feature("qk_norm", "", None, "*.self_attn.[qk]_norm.weight", 0.0),
+    _QK_NORM_ZERO,
     Feature("attention_gate"),
     Feature("short_conv", "linear_conv_kernel_dim", None, "*.linear_attn.conv1d.weight", 1.0),
     Feature("decay", "", None, "*.linear_attn.A_log", -30.0),
@@ -117,8 +118,31 @@ _LLAMA4 = (
     Feature("dense layers", "", None, "*.feed_forward.down_proj.weight"),
     Feature("top_k", "num_experts_per_tok", 2),
 )
+_GEMMA = (
+    _EPS,
+    _TIED,
+    Feature("query scale", "query_pre_attn_scalar", 32),
+    Feature("window", "sliding_window", 512),
+    Feature("gelu"),
+    Feature("norm of attention's output", "", None, "*.post_attention_layernorm.weight"),
+    Feature("norm of the MLP's output", "", None, "*.post_feedforward_layernorm.weight"),
+    Feature("norms around zero"),
+    Feature("embedding scale"),
+)
+_LOGIT_CAP = Feature("logit cap", "final_logit_softcapping", 1e9)
+_GEMMA3 = (
+    *_GEMMA,
+    _QK_NORM_ZERO,
+    Feature("rope_theta", "rope_parameters.full_attention.rope_theta", 10000.0),
+    Feature("rope_scaling", "rope_parameters.full_attention.rope_type", "default"),
+    Feature("local rope_theta", "rope_parameters.sliding_attention.rope_theta", 50000.0),
+)
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "llama": (_EPS, _THETA),
+    "mistral": (_EPS, _THETA, Feature("window", "sliding_window", 512)),
+    "gemma2": (*_GEMMA, _LOGIT_CAP, _THETA, Feature("attention cap", "attn_logit_softcapping", 1e9)),
+    "gemma3": _GEMMA3,
+    "gemma3_text": (*_GEMMA3, _LOGIT_CAP),
     "llama3_rope": (_EPS, _THETA, _SCALING, _TIED),
     "llama_bias": (
         _EPS,
@@ -186,6 +210,10 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
 }
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma3_text": "Gemma3ForCausalLM",
     "llama3_rope": "LlamaForCausalLM",
     "llama_bias": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -332,8 +360,39 @@ _LINEAR_MOE: dict[str, Any] = {
     "num_experts": 8,
     "num_experts_per_tok": 3,
 }
+_NORMED: dict[str, Any] = {
+    **_DENSE,
+    "head_dim": 32,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": WINDOW,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "final_logit_softcapping": 2.0,
+    "tie_word_embeddings": True,
+}
+_NORMED3: dict[str, Any] = {
+    **_NORMED,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": _rope(30000.0, rope_type="linear", factor=4.0),
+        "sliding_attention": _rope(500.0),
+    },
+}
+_VISION_GEMMA: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {**_DENSE, "rope_parameters": _rope(20000.0)},
+    "mistral": {**_DENSE, "head_dim": 32, "sliding_window": _WIDE_WINDOW, "rope_parameters": _rope(20000.0)},
+    "gemma2": {**_NORMED, "attn_logit_softcapping": 3.0, "rope_parameters": _rope(20000.0)},
+    # transformers caps logits of text models only; no published model of either kind has a cap.
+    "gemma3": {**_NORMED3, "final_logit_softcapping": None},
+    "gemma3_text": _NORMED3,
     "llama3_rope": {**_DENSE, "head_dim": 32, "tie_word_embeddings": True, "rope_parameters": _LLAMA3},
     "llama_bias": {**_DENSE, "attention_bias": True, "mlp_bias": True, "rope_parameters": _rope(20000.0)},
     "qwen2": {**_DENSE, "tie_word_embeddings": True, "rope_parameters": _rope(30000.0)},
@@ -415,7 +474,7 @@ _UNUSED: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 # Families whose language model comes with a vision tower, and its settings.
-_TOWERS = {"qwen3_5": _VISION, "qwen3_5_moe": _VISION, "llama4": _VISION4}
+_TOWERS = {"qwen3_5": _VISION, "qwen3_5_moe": _VISION, "llama4": _VISION4, "gemma3": _VISION_GEMMA}
 
 
 def tokens(count: int = LENGTH, seed: int = 0) -> np.ndarray:
@@ -435,10 +494,10 @@ def make_folder(name: str, path: Path, seed: int = 0) -> Path:
         tied = settings["tie_word_embeddings"]
         settings = {"text_config": settings, "vision_config": _TOWERS[name], "tie_word_embeddings": tied}
     model = architecture(architecture.config_class(**settings)).float()
-    zero_centred = name.startswith("qwen3_5")
+    zero_centred = name.startswith(("qwen3_5", "gemma"))
     with torch.no_grad():
         for key, value in (*model.named_parameters(), *model.named_buffers()):
-            if key.endswith("inv_freq"):
+            if key.endswith(("inv_freq", "embed_scale", "position_ids")):
                 continue
             value.copy_(torch.from_numpy(_weight(key, tuple(value.shape), _random(key, seed), zero_centred)))
     model.save_pretrained(path)
@@ -528,11 +587,18 @@ def with_old_config(folder: Path, path: Path) -> Path:
         raise ValueError(f"{whole['model_type']} was only ever published with rope_parameters")
     config = whole.get("text_config", whole)
     rope = config.pop("rope_parameters")
+    key = "type"
+    if "sliding_attention" in rope:
+        # A family younger than the newer name of this key.
+        key = "rope_type"
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        config["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
+        rope = rope["full_attention"]
     config["rope_theta"] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     kind = rope.pop("rope_type")
-    config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    config["rope_scaling"] = None if kind == "default" else {key: kind, **rope}
     whole["torch_dtype"] = whole.pop("dtype")
     config.pop("layer_types", None)
     shutil.copytree(folder, path)
@@ -560,10 +626,11 @@ def _load(path: Path, as_published: bool) -> Any:
     if not as_published:
         with _Exact():
             for module in model.modules():
-                if hasattr(module, "inv_freq"):
+                buffers = [name for name in module._buffers if name.endswith("inv_freq")]
+                if buffers:
                     fresh = type(module)(module.config)
-                    module.inv_freq = fresh.inv_freq
-                    module.original_inv_freq = fresh.original_inv_freq
+                    for name in buffers:
+                        setattr(module, name, getattr(fresh, name))
     return model
 
 

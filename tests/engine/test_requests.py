@@ -123,8 +123,8 @@ def test_an_interrupted_wait_is_taken_up_again(engine: Engine, monkeypatch: pyte
 
     def wrapped(batch: Any, *rest: Any) -> None:
         submit(batch, *rest)
-        tokens, *others = runner._pending[batch.step_id]
-        runner._pending[batch.step_id] = (Interrupted(tokens), *others)
+        pending = runner._pending[batch.step_id]
+        pending.tokens = Interrupted(pending.tokens)
 
     monkeypatch.setattr(runner, "submit", wrapped)
     with pytest.raises(KeyboardInterrupt):

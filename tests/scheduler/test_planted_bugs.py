@@ -62,12 +62,12 @@ def lose_copies(patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_checkpoints(patch: pytest.MonkeyPatch) -> None:
-    def wrong(self: BatchBuilder, step: StepPlan, *args: Any) -> tuple[StepBatch, SamplingBatch]:
-        batch, sampling = build(self, step, *args)
+    def wrong(self: BatchBuilder, step: StepPlan, *args: Any) -> StepBatch:
+        batch = build(self, step, *args)
         for g, group in enumerate(batch.plan.groups):
             if group.kind == "state":
                 batch.views[f"checkpoint_offset.{g}"][:] = 0
-        return batch, sampling
+        return batch
 
     build = BatchBuilder.build
     patch.setattr(BatchBuilder, "build", wrong)

@@ -30,9 +30,9 @@ def random_pair(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return blocks, random.integers(110, 140, (E, OUT, GROUPS), np.uint8)
 
 
-def write(folder: Path, tensors: dict[str, Any]) -> Path:
+def write(folder: Path, tensors: dict[str, Any], method: str = "mxfp4") -> Path:
     save_file(tensors, folder / "model.safetensors")
-    config = {"quantization_config": {"quant_method": "mxfp4"}}
+    config = {"quantization_config": {"quant_method": method}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -117,18 +117,35 @@ def bias_param(*parts: tuple[str, int, str, int]) -> Param:
 
 
 def rope_table(rope: RopeConfig, length: int) -> npt.NDArray[np.float64]:
-    """Cosines, then sines, of every position: [length, rotary_size]."""
+    """Cosines, then sines, of every position: [length, rotary_size].
+
+    A cache holds keys that were rotated, so all sequences share the frequencies of the longest that may come:
+    "longrope" takes its long factors, and "dynamic" its larger base, where `length` exceeds the original one.
+    """
     half = np.arange(0, rope.rotary_size, 2, dtype=np.float64) / rope.rotary_size
-    frequencies = _scaled_frequencies(rope, rope.theta**-half)
+    frequencies = _scaled_frequencies(rope, _base(rope, length) ** -half, length)
     angles = np.arange(length, dtype=np.float64)[:, None] * frequencies
     table: npt.NDArray[np.float64] = np.concatenate([np.cos(angles), np.sin(angles)], -1)
     table *= rope.attention_factor
     return table
 
 
-def _scaled_frequencies(rope: RopeConfig, frequencies: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    if rope.scaling == "none":
+def _base(rope: RopeConfig, length: int) -> float:
+    if rope.scaling != "dynamic" or length <= rope.original_length:
+        return rope.theta
+    growth = rope.factor * length / rope.original_length - (rope.factor - 1)
+    return float(rope.theta * growth ** (rope.rotary_size / (rope.rotary_size - 2)))
+
+
+def _scaled_frequencies(
+    rope: RopeConfig, frequencies: npt.NDArray[np.float64], length: int
+) -> npt.NDArray[np.float64]:
+    if rope.scaling in ("none", "dynamic"):
         return frequencies
+    if rope.scaling == "longrope":
+        factors = rope.long_factors if length > rope.original_length else rope.short_factors
+        divided: npt.NDArray[np.float64] = frequencies / np.array(factors)
+        return divided
     slowed = frequencies / rope.factor
     if rope.scaling == "linear":
         return slowed

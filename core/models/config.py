@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import log, sqrt
 from typing import Any, Literal
 
 from core.contract.errors import ConfigError, UnsupportedError
@@ -21,23 +22,26 @@ class RopeConfig:
     Attributes:
         theta: base of the frequencies. rotary_size: elements of a head that are rotated.
         interleaved: pairs (2i, 2i + 1) in place of (i, i + rotary_size / 2).
-        scaling: "none"; "linear" (Chen et al., 2023); "llama3" (Llama 3.1's smooth cut); "yarn" (Peng et
-            al., 2023).
+        scaling: "none"; "linear" (Chen et al., 2023); "dynamic" (NTK-aware, by the longest sequence);
+            "llama3" (Llama 3.1's smooth cut); "yarn" (Peng et al., 2023); "longrope" (Ding et al., 2024).
         factor: how many times longer than `original_length` sequences may be.
         low, high: llama3: wave counts between which frequencies are blended; yarn: beta_slow and beta_fast.
-        attention_factor: multiplies the table's cosines and sines (yarn).
+        short_factors, long_factors: longrope: divisors of frequencies, up to `original_length` and beyond.
+        attention_factor: multiplies the table's cosines and sines (yarn, longrope).
     """
 
     theta: float
     rotary_size: int
     interleaved: bool = False
-    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    scaling: Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"] = "none"
     factor: float = 1.0
     original_length: int = 0
     low: float = 1.0
     high: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,14 +235,22 @@ def rope_config(hf: Mapping[str, Any], rotary_size: int, *, interleaved: bool = 
     base = RopeConfig(theta=theta, rotary_size=rotary_size, interleaved=interleaved)
     if kind == "default":
         return base
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ConfigError(f"rope scaling {kind!r} is not known; known are default, linear, llama3 and yarn")
+    if kind not in ("linear", "dynamic", "llama3", "yarn", "longrope"):
+        raise ConfigError(
+            f"rope scaling {kind!r} is not known; known are default, linear, dynamic, llama3, yarn and "
+            "longrope"
+        )
     try:
+        if kind == "longrope":
+            return _longrope(hf, found, base)
         factor = float(
             found["factor"] or hf["max_position_embeddings"] / found["original_max_position_embeddings"]
         )
         if kind == "linear":
             return replace(base, scaling="linear", factor=factor)
+        if kind == "dynamic":
+            length = int(hf["max_position_embeddings"])
+            return replace(base, scaling="dynamic", factor=factor, original_length=length)
         length = int(
             hf.get("original_max_position_embeddings")
             or found.get("original_max_position_embeddings")
@@ -267,6 +279,33 @@ def rope_config(hf: Mapping[str, Any], rotary_size: int, *, interleaved: bool = 
         raise ConfigError(f"rope scaling {kind!r} lacks {missing}; add it to the model's config") from None
 
 
+def _longrope(hf: Mapping[str, Any], found: Mapping[str, Any], base: RopeConfig) -> RopeConfig:
+    length = int(
+        hf.get("original_max_position_embeddings")
+        or found.get("original_max_position_embeddings")
+        or hf["max_position_embeddings"]
+    )
+    factors = [tuple(float(x) for x in found[name]) for name in ("short_factor", "long_factor")]
+    if any(len(f) != base.rotary_size // 2 for f in factors):
+        raise ConfigError(
+            f"rope scaling 'longrope' has {len(factors[0])} short and {len(factors[1])} long factors, but "
+            f"{base.rotary_size // 2} of each are wanted, one for each pair that is rotated"
+        )
+    factor = float(found.get("factor") or hf["max_position_embeddings"] / length)
+    given = found.get("attention_factor")
+    if given is None:
+        given = sqrt(1 + log(factor) / log(length)) if factor > 1 else 1.0
+    return replace(
+        base,
+        scaling="longrope",
+        factor=factor,
+        original_length=length,
+        short_factors=factors[0],
+        long_factors=factors[1],
+        attention_factor=float(given),
+    )
+
+
 def _yarn_attention_factor(found: Mapping[str, Any], factor: float) -> float:
     given = found.get("attention_factor")
     if given is not None:
@@ -279,8 +318,6 @@ def _yarn_attention_factor(found: Mapping[str, Any], factor: float) -> float:
 
 def yarn_mscale(factor: float, mscale: float) -> float:
     """YaRN's temperature: 0.1 * mscale * ln(factor) + 1 for factors above one."""
-    from math import log
-
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -160,6 +160,12 @@ def _switch_off(feature: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
             return replace(c, attention_gate=False)
         if feature == "tied head":
             return replace(c, tied_head=False)
+        if feature == "partial_rotary":
+            return replace(
+                c, rope=replace(c.rope, rotary_size=16, long_factors=(*c.rope.long_factors, 1.0, 1.0))
+            )
+        if feature == "long factors":
+            return replace(c, rope=replace(c.rope, long_factors=c.rope.short_factors))
         if feature == "gelu":
             return replace(c, activation="silu")
         if feature == "embedding scale":

@@ -31,6 +31,13 @@ _YARN = {
     "original_max_position_embeddings": 64,
 }
 _LINEAR = {"rope_type": "linear", "rope_theta": 20000.0, "factor": 4.0}
+
+
+def _rope_of_whole_heads() -> dict[str, Any]:
+    rope = {**tiny._SETTINGS["phi3"]["rope_parameters"], "partial_rotary_factor": 1.0}
+    return rope | {name: [*rope[name], 2.0, 3.0] for name in ("short_factor", "long_factor")}
+
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "head size from the width": ("llama", {"head_dim": None}),
     "as many KV heads as heads": ("llama", {"num_key_value_heads": 4}),
@@ -61,6 +68,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "v3, one group": ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
     "v3, dense": ("deepseek_v3", {"first_k_dense_replace": 3}),
     "mistral, no window": ("mistral", {"sliding_window": None}),
+    "phi, short factors": ("phi3", {"original_max_position_embeddings": 128}),
+    "phi, attention factor from the lengths": (
+        "phi3",
+        {
+            "rope_parameters": {
+                k: v for k, v in tiny._SETTINGS["phi3"]["rope_parameters"].items() if k != "attention_factor"
+            }
+        },
+    ),
+    "phi, whole heads rotated": ("phi3", {"rope_parameters": _rope_of_whole_heads()}),
+    "phi, no scaling, no window": (
+        "phi3",
+        {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}},
+    ),
+    "phi, a tied head": ("phi3", {"tie_word_embeddings": True}),
     "gemma 2, no caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma 2, its own head": ("gemma2", {"tie_word_embeddings": False}),
     "gemma 2, biases": ("gemma2", {"attention_bias": True}),

@@ -140,6 +140,15 @@ _GEMMA3 = (
 FEATURES: dict[str, tuple[Feature, ...]] = {
     "llama": (_EPS, _THETA),
     "mistral": (_EPS, _THETA, Feature("window", "sliding_window", 512)),
+    "phi3": (
+        _EPS,
+        _THETA,
+        Feature("rope_scaling", "rope_parameters.rope_type", "default"),
+        Feature("partial_rotary"),
+        Feature("long factors"),
+        Feature("rope_attention_factor", "rope_parameters.attention_factor", 1.0),
+        Feature("window", "sliding_window", 512),
+    ),
     "gemma2": (*_GEMMA, _LOGIT_CAP, _THETA, Feature("attention cap", "attn_logit_softcapping", 1e9)),
     "gemma3": _GEMMA3,
     "gemma3_text": (*_GEMMA3, _LOGIT_CAP),
@@ -211,6 +220,7 @@ FEATURES: dict[str, tuple[Feature, ...]] = {
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3": "Gemma3ForConditionalGeneration",
     "gemma3_text": "Gemma3ForCausalLM",
@@ -389,6 +399,20 @@ _VISION_GEMMA: dict[str, Any] = {
 _SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {**_DENSE, "rope_parameters": _rope(20000.0)},
     "mistral": {**_DENSE, "head_dim": 32, "sliding_window": _WIDE_WINDOW, "rope_parameters": _rope(20000.0)},
+    "phi3": {
+        **_DENSE,
+        "sliding_window": _WIDE_WINDOW,
+        # Below every length that is tested, so that transformers takes the long factors, too.
+        "original_max_position_embeddings": 8,
+        "rope_parameters": _rope(
+            20000.0,
+            rope_type="longrope",
+            partial_rotary_factor=0.75,
+            short_factor=[1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            long_factor=[1.0, 1.5, 2.5, 4.0, 6.0, 9.0],
+            attention_factor=1.2,
+        ),
+    },
     "gemma2": {**_NORMED, "attn_logit_softcapping": 3.0, "rope_parameters": _rope(20000.0)},
     # transformers caps logits of text models only; no published model of either kind has a cap.
     "gemma3": {**_NORMED3, "final_logit_softcapping": None},

@@ -48,22 +48,15 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     chat: Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")] = False,
 ) -> None:
-    """Continue one or several prompts and print the texts."""
-    from core.engine.llm import LLM
+    """Continue prompts and print the texts: of one prompt as it grows, of several when all are done.
+
+    Greedy and 64 tokens unless told otherwise (SamplingParams draws, and stops after 16).
+    """
+    from core.cli.generate import complete
     from core.sampling.params import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    with LLM(model, **options, show_progress=sys.stderr.isatty()) as llm:
-        typer.echo(f"backend: {llm.engine.backend.name} ({llm.engine.choice_reason})", err=True)
-        if chat:
-            outputs = llm.chat([[{"role": "user", "content": p}] for p in prompt], params)
-        else:
-            outputs = llm.generate(prompt, params)
-    for given, output in zip(prompt, outputs, strict=True):
-        if len(prompt) > 1:
-            typer.echo(f"--- {given}")
-        for choice in output.outputs:
-            typer.echo(choice.text)
+    complete(model, options, prompt, params, chat=chat)
 
 
 @app.command("explain")
@@ -85,11 +78,11 @@ def explain_command(
 
 @app.command("fetch-sample")
 def fetch_sample_command() -> None:
-    """Download the sample model (93 MB) into the cache folder."""
+    """Download the sample model (93 MB) into the cache folder. One that is there is checked."""
     from core.env import cache_dir
-    from core.weights.sample import resolve_model
+    from core.weights.sample import fetch_sample
 
-    typer.echo(resolve_model("sample", cache_dir()))
+    typer.echo(fetch_sample(cache_dir(), recheck=True))
 
 
 @app.command()

@@ -6,15 +6,16 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
-from core.contract.errors import ConfigError, EngineDead, RequestError
+from core.contract.errors import EngineDead, RequestError
 from core.engine.config import EngineConfig
 from core.engine.engine import Engine
 from core.engine.outputs import RequestOutput
@@ -22,7 +23,7 @@ from core.engine.resolve import Resolution
 from core.engine.stream import RequestStream, stream_event
 from core.env import cache_dir
 from core.sampling.params import SamplingParams
-from core.tokenizer import apply_chat_template, load_tokenizer
+from core.tokenizer import Tokenizer, chat_prompt, load_tokenizer
 from core.weights.loader import LoadState, Progress
 from core.weights.sample import resolve_model
 
@@ -67,7 +68,19 @@ class LLM:
         warm_up: bool = False,
         show_progress: bool = True,
         backend_options: Mapping[str, str] | None = None,
+        tokenizer: Tokenizer | None = None,
+        on_resolved: Callable[[Resolution], None] | None = None,
     ) -> None:
+        """Load a model.
+
+        Args:
+            show_progress: tell on stderr what was decided and how far loading is.
+            tokenizer: the model's, where it was loaded before.
+            on_resolved: told what was decided before weights are read; what it raises ends the start.
+
+        Raises:
+            CoreError: what cannot work; before weights are read, where it can be known then.
+        """
         self._show_progress = show_progress
         config = EngineConfig(
             model=resolve_model(str(model), cache_dir()),
@@ -91,9 +104,16 @@ class LLM:
             warm_up=warm_up,
             backend_options=dict(backend_options or {}),
         )
-        self.tokenizer = load_tokenizer(config.model, or_bytes=config.load_format == "dummy")
+        self.tokenizer = tokenizer or load_tokenizer(config.model, or_bytes=config.load_format == "dummy")
+
+        def tell(resolution: Resolution) -> None:
+            if on_resolved is not None:
+                on_resolved(resolution)
+            if show_progress:
+                sys.stderr.write(f"{resolution.summary()}\n")
+
         with _loading(config.model.name, show_progress) as progress:
-            self.engine = Engine(config, progress=progress, on_resolved=_tell if show_progress else None)
+            self.engine = Engine(config, progress=progress, on_resolved=tell)
         self._ids = itertools.count()
         self._live: dict[str, RequestStream] = {}
         self._changed: set[str] = set()
@@ -105,12 +125,19 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool | None = None,
+        priority: int = 0,
+        queue_timeout_s: float | None = None,
+        timeout_s: float | None = None,
+        salt: str = "",
     ) -> list[RequestOutput]:
         """Continue prompts, given as text or token ids; all at once, results in the order of the prompts.
 
         Args:
             params: for all prompts, or one each; None = SamplingParams().
             use_tqdm: show a progress bar; None = as the LLM was made.
+            priority: lower goes first under the policy "priority".
+            queue_timeout_s, timeout_s: a request ends as "deadline" if it has not begun, not ended, by then.
+            salt: blocks are shared only with requests of the same salt.
 
         Raises:
             RequestError: a prompt or parameter is wrong; nothing was generated for any of them.
@@ -118,7 +145,8 @@ class LLM:
         """
         many = _as_prompts(prompts)
         each = _as_params(params, len(many))
-        streams = self._add(many, each)
+        queue = _Queueing(priority, queue_timeout_s, timeout_s, salt)
+        streams = self._add(many, each, queue)
         finished: dict[str, RequestOutput] = {}
         show = self._show_progress if use_tqdm is None else use_tqdm
         with _generating(len(many), show) as advance:
@@ -159,19 +187,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, ready for the model to answer; arguments as those of `chat`."""
-        template = (self.tokenizer.tool_template if tools else None) or self.tokenizer.chat_template
-        if template is None:
-            raise ConfigError("the model has no chat template; use generate with a prompt of your own")
-        text = apply_chat_template(
-            template,
-            [dict(m) for m in messages],
-            add_generation_prompt=True,
-            bos_token=self.tokenizer.bos_token,
-            eos_token=self.tokenizer.eos_token,
-            tools=tools,
-            variables=chat_template_kwargs,
-        )
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return chat_prompt(self.tokenizer, messages, tools, chat_template_kwargs)
 
     def stream(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[RequestOutput]:
         """Like `generate`, but gives every request's state whenever it has grown.
@@ -214,18 +230,30 @@ class LLM:
                 stream.take(stream_event(event))
                 self._changed.add(stream.request_id)
 
-    def _add(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[RequestStream]:
+    def _add(
+        self, prompts: list[Prompt], params: list[SamplingParams], queue: _Queueing | None = None
+    ) -> list[RequestStream]:
         with self._lock:
-            return self._add_locked(prompts, params)
+            return self._add_locked(prompts, params, queue or _Queueing())
 
-    def _add_locked(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[RequestStream]:
+    def _add_locked(
+        self, prompts: list[Prompt], params: list[SamplingParams], queue: _Queueing
+    ) -> list[RequestStream]:
         added: list[RequestStream] = []
         try:
             for prompt, one in zip(prompts, params, strict=True):
                 text = prompt if isinstance(prompt, str) else None
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(map(index, prompt))
                 one = one.resolved(partial(self.tokenizer.encode, add_special_tokens=False))
-                request = self.engine.add(f"request-{next(self._ids)}", ids, one)
+                request = self.engine.add(
+                    f"request-{next(self._ids)}",
+                    ids,
+                    one,
+                    priority=queue.priority,
+                    queue_timeout_s=queue.queue_timeout_s,
+                    timeout_s=queue.timeout_s,
+                    salt=queue.salt,
+                )
                 end = partial(self.engine.end_choice, request.request_id)
                 added.append(RequestStream(request, text, self.tokenizer, time.monotonic, end))
         except BaseException:
@@ -244,6 +272,16 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Queueing:
+    """How requests wait; as `Engine.add` has it."""
+
+    priority: int = 0
+    queue_timeout_s: float | None = None
+    timeout_s: float | None = None
+    salt: str = ""
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -267,10 +305,6 @@ def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: 
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters were given for {count} prompts; give one each")
     return list(params)
-
-
-def _tell(resolution: Resolution) -> None:
-    sys.stderr.write(f"{resolution.summary()}\n")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from core.scheduler.plan import Checkpoint, PrefillRow, PromptRow, StepPlan
 from core.scheduler.records import Event, SchedulerConfig
-from core.scheduler.scheduler import Scheduler
+from core.scheduler.scheduler import Scheduler, check_prompt_length
 from core.scheduler.sequence import Request, Sequence, SlotTable, Status
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "SlotTable",
     "Status",
     "StepPlan",
+    "check_prompt_length",
 ]

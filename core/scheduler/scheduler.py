@@ -117,11 +117,7 @@ class Scheduler:
         length, limit = len(request.prompt_ids), self.config.max_model_len
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id!r} is in use; choose another")
-        if not 1 <= length < limit:
-            raise RequestError(
-                f"the prompt has {length} tokens; it must have 1 to {limit - 1} "
-                f"(the maximum model length is {limit})"
-            )
+        check_prompt_length(length, limit)
         if request.params.n > self._max_rows:
             raise RequestError(
                 f"n is {request.params.n}, but at most {self._max_rows} sequences run at once; lower n"
@@ -619,6 +615,19 @@ class Scheduler:
             slot, end = int(slots[i]), int(after[i])
             self.blocks.commit(slot, self.table.tokens[slot, :end], end)
             self.blocks.trim_window(slot, end, self._newest_step)
+
+
+def check_prompt_length(length: int, max_model_len: int) -> None:
+    """Refuse a prompt of that many tokens where no token could follow it.
+
+    Raises:
+        RequestError: it is empty or too long.
+    """
+    if not 1 <= length < max_model_len:
+        raise RequestError(
+            f"the prompt has {length} tokens; it must have 1 to {max_model_len - 1} "
+            f"(the maximum model length is {max_model_len})"
+        )
 
 
 def _logprobs(sequence: Sequence, sampled: SampledTokens | None, row: int) -> TokenLogprobs | None:

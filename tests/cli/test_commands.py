@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from core_test_plugins.null import SPEC, NullBackend
+from safetensors.numpy import load_file, save_file
 
 from backends.cpu_reference import plugin as oracle
 from core.cli.doctor import examine
 from core.contract.hookspecs import hookimpl
 from core.contract.spec import BatchRules, ShapeRules
 from core.plugins import Plugins
+from tests.models.conftest import tiny_folder
+from tests.models.tiny import VOCAB
+from tests.tokenizer.small import byte_level, write_folder
+
+__all__ = ["tiny_folder"]
 
 BROKEN = "null,older_contract,newer_contract,misspelled_hook,broken_import,pretend"
 
@@ -119,3 +130,60 @@ def test_doctor_asks_a_backend_only_for_shapes_that_it_declares_and_outlives_a_p
     found = {check.backend: check for check in examine()}
     assert found["strict"].status == "PASS", found["strict"].detail
     assert found["broken"].status == "FAIL" and "the driver is gone" in found["broken"].detail
+
+
+@pytest.fixture
+def served(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A tiny model with a tokenizer and no chat template."""
+    path = tmp_path / "tiny"
+    shutil.copytree(tiny_folder("llama"), path)
+    return write_folder(path, byte_level(VOCAB))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--prompt", "x" * 3000), "tokens; it must have 1 to 511"),
+        (("--prompt", "fine", "--prompt", ""), "the prompt has 0 tokens"),
+        (("--prompt", "x", "--chat"), "has no chat template"),
+    ],
+)
+def test_a_wrong_prompt_is_refused_before_weights_are_read(
+    served: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    # Values that loading would stumble over.
+    tensors = load_file(served / "model.safetensors")
+    save_file({k: v * np.nan for k, v in tensors.items()}, served / "model.safetensors")
+    done = core("generate", str(served), "--backend", "cpu_reference", "--dtype", "float32", *arguments)
+    assert done.returncode == 1 and words in done.stderr and "NaN" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_text_of_one_prompt_is_printed_as_it_grows_and_an_interrupt_keeps_it(served: Path) -> None:
+    code = "from core.cli import main; main()"
+    arguments = ["generate", str(served), "--backend", "cpu_reference", "--dtype", "float32"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, *arguments, "--prompt", "the quick", "--max-tokens", "480"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "CORE_DISABLE_PLUGINS": BROKEN},
+    )
+    assert process.stdout is not None
+    begun = process.stdout.read(8)
+    assert process.poll() is None, "the text came only when all of it was there"
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert len(begun) == 8 and rest.endswith(b"\n")
+    assert process.returncode == 130 and b"Traceback" not in errors
+
+
+def test_the_texts_of_several_prompts_come_in_their_order(served: Path) -> None:
+    found = core(
+        *("generate", str(served), "--backend", "cpu_reference", "--dtype", "float32"),
+        *("--prompt", "first one", "--prompt", "x", "--max-tokens", "5"),
+    )
+    assert found.returncode == 0, found.stderr
+    assert [line for line in found.stdout.splitlines() if line.startswith("---")] == [
+        "--- first one",
+        "--- x",
+    ]

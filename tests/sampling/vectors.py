@@ -5,7 +5,7 @@ file serves implementations in other languages too, so here is all that a draw n
 
     logits: x[0] = start, x[i + 1] = (1664525 x[i] + 1013904223) mod 2^32; the logit of id i is
         (floor(x[i + 1] / 2^16) mod levels - floor(levels / 2)) / 16, exact in float32. Few levels make ties.
-    draws: [seed, position, choice, token] each.
+    draws: [seed, position, choice, token] each. Prompts have two tokens; id 1 ends a sequence.
 
 Only draws are written that other arithmetic gives too: moving every logit by up to `margin` changes no token.
 Of sets with ties at a cut (`ties`), where ids are told apart by their order alone, the margin is that of the
@@ -94,7 +94,7 @@ SETS = (
     Set(64, 20, 32, {"logit_bias": {"9": 2.3, "0": "-inf", "63": 1.2}, "top_p": 0.6}),
     Set(64, 21, 64, {"min_tokens": 1 << 20, "max_tokens": None, "stop_token_ids": [12, 32, 42]}),
 )
-"""What is drawn, without the draws. `min_tokens` also forbids id 1, the end of sequence of these vectors."""
+"""What is drawn, without the draws."""
 
 
 def keys(number: int) -> list[tuple[int, int, int]]:

@@ -15,6 +15,9 @@ import typer
 from core.cli.bench import bench
 from core.cli.options import engine_config, print_choices, with_engine_options, with_options
 from core.contract.errors import CoreError
+from core.engine.config import EngineConfig
+from core.engine.queueing import Queueing
+from core.sampling.params import SamplingParams
 from core.server.config import ServerConfig
 
 app = typer.Typer(
@@ -42,21 +45,48 @@ def generate(
     model: Annotated[str, typer.Argument(help="Folder, .gguf file, or `sample`.")],
     prompt: Annotated[list[str], typer.Option(help="A prompt; give it again for several at once.")],
     options: Options,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Probability mass to draw from.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to generate at most.")
+    ] = SamplingParams.max_tokens,
+    temperature: Annotated[float, typer.Option(help="0 = greedy.")] = SamplingParams.temperature,
+    top_p: Annotated[float, typer.Option(help="Probability mass to draw from.")] = SamplingParams.top_p,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = SamplingParams.seed,
     chat: Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")] = False,
+    priority: Annotated[
+        list[int] | None,
+        typer.Option(help="Lower goes first under --policy priority; once, or once for each prompt."),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds after which a text ends as it is; not given: no limit.")
+    ] = Queueing.timeout_s,
+    queue_timeout: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds after which a prompt that has not begun is given up; not given: no limit."
+        ),
+    ] = Queueing.queue_timeout_s,
+    cache_salt: Annotated[
+        str, typer.Option(help="Cached prefixes are shared only under the same salt.")
+    ] = Queueing.salt,
 ) -> None:
-    """Continue prompts and print the texts: of one prompt as it grows, of several when all are done.
+    """Continue prompts and print the texts in their order: as they grow on a terminal or with one prompt,
+    else when all are complete. An interrupt prints what there is.
 
-    Greedy and 64 tokens unless told otherwise (SamplingParams draws, and stops after 16).
+    What is not given is as in SamplingParams and LLM.generate: 16 tokens, drawn at temperature 1.
     """
-    from core.cli.generate import complete
-    from core.sampling.params import SamplingParams
+    from core.cli.generate import Work, complete
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    complete(model, options, prompt, params, chat=chat)
+    work = Work(
+        prompts=prompt,
+        params=params,
+        is_chat=chat,
+        priority=tuple(priority or ()),
+        queue_timeout_s=queue_timeout,
+        timeout_s=timeout,
+        salt=cache_salt,
+    )
+    complete(model, options, work)
 
 
 @app.command("explain")
@@ -78,11 +108,15 @@ def explain_command(
 
 @app.command("fetch-sample")
 def fetch_sample_command() -> None:
-    """Download the sample model (93 MB) into the cache folder. One that is there is checked."""
-    from core.env import cache_dir
-    from core.weights.sample import fetch_sample
+    """Download the sample model (93 MB) into the cache folder, or check the one that is there.
 
-    typer.echo(fetch_sample(cache_dir(), recheck=True))
+    Size and SHA-256 are computed anew; what was found and is done goes to standard error, the path to
+    standard output.
+    """
+    from core.env import cache_dir
+    from core.weights.sample import recheck_sample
+
+    typer.echo(recheck_sample(cache_dir(), lambda sentence: typer.echo(sentence, err=True)))
 
 
 @app.command()
@@ -174,24 +208,23 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal; an empty line or the end of input ends it."""
     from core.cli.chat import talk
-    from core.sampling.params import SamplingParams
 
-    talk(
-        model,
-        options,
-        system,
-        SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p),
-    )
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    talk(model, options, system, params)
 
 
 @app.command()
-@with_engine_options
+@with_options(EngineConfig, "options", max_requests=8, max_model_len=2048)
 def demo(
     options: Options,
     model: Annotated[str, typer.Argument(help="Folder, .gguf file, or `sample`.")] = "sample",
     max_tokens: Annotated[int, typer.Option(help="Tokens per answer at most.")] = 64,
 ) -> None:
-    """Serve on loopback, send eight chats at once, and show every stream as it grows."""
+    """Serve on loopback, send eight chats at once, and show every stream as it grows.
+
+    The server takes the engine options given here. Where they are not given, it runs eight requests at once
+    at most, of 2048 tokens at most.
+    """
     from core.cli.demo import run
 
     run(model, options, max_tokens=max_tokens)

@@ -22,6 +22,8 @@ import typer
 
 from core.cli.options import with_engine_options
 from core.contract.errors import ConfigError
+from core.engine.resolve import Resolution
+from core.scheduler import check_prompt_length
 
 bench = typer.Typer(name="bench", help="Measure an engine or a server.", no_args_is_help=True)
 
@@ -39,16 +41,16 @@ _FIRST_ID, _LAST_ID = 300, 5000
 def throughput(
     model: Model,
     options: Options,
-    num_prompts: Annotated[int, typer.Option(help="Requests, all queued at once.")] = 64,
-    input_len: Annotated[int, typer.Option(help="Prompt tokens of each.")] = 128,
-    output_len: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 64,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests, all queued at once.")] = 64,
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens of each.")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens to generate for each.")] = 64,
     seed: Seed = 0,
     output: Output = None,
 ) -> None:
     """Tokens per second with everything queued at once."""
     from core.engine.llm import LLM
 
-    with LLM(model, **options, show_progress=sys.stderr.isatty()) as llm:
+    with LLM(model, **options, show_progress=sys.stderr.isatty(), on_resolved=_fits(input_len)) as llm:
         prompts = random_prompts(num_prompts, input_len, llm.engine.model.vocab_size, seed)
         params = _fixed(output_len)
         llm.generate(prompts[:1], _fixed(2))
@@ -76,17 +78,22 @@ def throughput(
 def latency(
     model: Model,
     options: Options,
-    batch_size: Annotated[int, typer.Option(help="Requests at once.")] = 1,
-    input_len: Annotated[int, typer.Option(help="Prompt tokens of each.")] = 32,
-    output_len: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 64,
-    iterations: Annotated[int, typer.Option(help="Batches, one after another.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens of each.")] = 32,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens to generate for each.")] = 64,
+    iterations: Annotated[int, typer.Option(min=1, help="Batches, one after another.")] = 10,
     seed: Seed = 0,
     output: Output = None,
 ) -> None:
     """Time of one batch from first to last token, and of each token."""
     from core.engine.llm import LLM
 
-    with LLM(model, **{**options, "prefix_cache": False}, show_progress=sys.stderr.isatty()) as llm:
+    with LLM(
+        model,
+        **{**options, "prefix_cache": False},
+        show_progress=sys.stderr.isatty(),
+        on_resolved=_fits(input_len),
+    ) as llm:
         prompts = random_prompts(batch_size, input_len, llm.engine.model.vocab_size, seed)
         llm.generate(prompts, _fixed(2))
         seconds, firsts = [], []
@@ -116,7 +123,7 @@ def latency(
 def startup(
     model: Model,
     options: Options,
-    iterations: Annotated[int, typer.Option(help="Starts, one after another.")] = 3,
+    iterations: Annotated[int, typer.Option(min=1, help="Starts, one after another.")] = 3,
     output: Output = None,
 ) -> None:
     """Time from the start of a new process to an engine that serves, and to its first token."""
@@ -161,9 +168,9 @@ def _one_start(model: str, options: Mapping[str, Any]) -> dict[str, float]:
 @bench.command()
 def serve(
     url: Annotated[str, typer.Option(help="Address of the server.")] = "http://127.0.0.1:8000/v1",
-    num_prompts: Annotated[int, typer.Option(help="Requests in all.")] = 100,
-    input_len: Annotated[int, typer.Option(help="Prompt tokens of each.")] = 128,
-    output_len: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 64,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests in all.")] = 100,
+    input_len: Annotated[int, typer.Option(min=1, help="Prompt tokens of each.")] = 128,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens to generate for each.")] = 64,
     request_rate: Annotated[
         float | None, typer.Option(help="Requests per second, arriving at random; not given: all at once.")
     ] = None,
@@ -245,6 +252,11 @@ def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[
     generator = random.Random(seed)
     low, high = (_FIRST_ID, _LAST_ID) if vocab_size > _LAST_ID else (vocab_size // 4, vocab_size // 2)
     return [[generator.randrange(low, high) for _ in range(length)] for _ in range(count)]
+
+
+def _fits(input_len: int) -> Callable[[Resolution], None]:
+    """Told what was decided, it refuses prompts that are too long, before weights are read."""
+    return lambda resolution: check_prompt_length(input_len, resolution.max_model_len)
 
 
 def _fixed(length: int) -> Any:

@@ -15,7 +15,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from core.cli.options import as_arguments
 from core.contract.errors import DeviceError
+from core.sampling.params import SamplingParams
 from core.server.client import Answer, Client
 
 _SYSTEM = "You are a helpful assistant. Answer in two or three short sentences."
@@ -70,7 +72,12 @@ class _Board:
 
 
 def run(model: str, options: Mapping[str, Any], *, max_tokens: int) -> None:
-    """Serve, ask, show, and end the server."""
+    """Serve with these engine options, ask, show, and end the server.
+
+    Raises:
+        RequestError: `max_tokens` is out of range; nothing was started.
+    """
+    SamplingParams(max_tokens=max_tokens)
     asyncio.run(_run(model, options, max_tokens))
 
 
@@ -89,9 +96,7 @@ async def _run(model: str, options: Mapping[str, Any], max_tokens: int) -> None:
 
 async def _start(console: Console, model: str, options: Mapping[str, Any]) -> tuple[Process, str]:
     """A server on a free port of loopback, and its address."""
-    arguments = ["serve", model, "--port", "0", "--max-model-len", "2048", "--max-requests", "8"]
-    for name in ("backend", "dtype"):
-        arguments += [f"--{name}", str(options[name])]
+    arguments = ["serve", model, "--port", "0", *as_arguments(options)]
     code = "from core.cli import main; main()"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, *arguments, stdout=PIPE)
     if process.stdout is None:

@@ -23,15 +23,27 @@ def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_options(EngineConfig, "options")(command)
 
 
-def with_options(record: type[Any], name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option per field of a record (but `model`); it takes them as the mapping `name`."""
-    return functools.partial(_with_options, record, name)
+def with_options(
+    record: type[Any], name: str, **defaults: int
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option per field of a record (but `model`); it takes them as the mapping `name`.
+
+    Args:
+        defaults: of options that have another default in this command than in the record; its help shows it.
+    """
+    return functools.partial(_with_options, record, name, defaults)
 
 
-def _with_options(record: type[Any], name: str, command: Callable[..., None]) -> Callable[..., None]:
+def _with_options(
+    record: type[Any], name: str, defaults: Mapping[str, int], command: Callable[..., None]
+) -> Callable[..., None]:
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != name]
     hints = get_type_hints(record)
-    added = [_parameter(f, hints[f.name]) for f in fields(record) if f.name != "model"]
+    added = [
+        _parameter(f, hints[f.name], defaults.get(f.name, None if f.default is MISSING else f.default))
+        for f in fields(record)
+        if f.name != "model"
+    ]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
@@ -58,6 +70,20 @@ def engine_config(model: str, options: Mapping[str, Any]) -> EngineConfig:
     return EngineConfig.of({**options, "model": resolve_model(model, cache_dir())})
 
 
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """The arguments of a command line that give these engine options; None is left out."""
+    arguments = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if name == _PAIRS:
+            arguments += [f"--backend-option={key}={text}" for key, text in value.items()]
+        elif isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            arguments.append(f"--{flag}={value}")
+    return arguments
+
+
 def print_choices(resolution: Resolution) -> None:
     """A table of options, values and reasons, then what the memory buys."""
     from rich.console import Console
@@ -71,14 +97,13 @@ def print_choices(resolution: Resolution) -> None:
     console.print(resolution.summary())
 
 
-def _parameter(f: Any, hint: Any) -> inspect.Parameter:
+def _parameter(f: Any, hint: Any, default: Any) -> inspect.Parameter:
     help_text = str(f.metadata["meaning"])
     if f.metadata["otherwise"]:
         help_text += f"; not given: {f.metadata['otherwise']}"
     if f.name == _PAIRS:
         option = typer.Option("--backend-option", help=f"{help_text}: NAME=VALUE, once for each")
         return _keyword(f.name, Annotated[list[str], option], [])
-    default = None if f.default is MISSING else f.default
     return _keyword(f.name, Annotated[_plain(hint), typer.Option(help=help_text)], default)
 
 

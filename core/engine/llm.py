@@ -7,8 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from operator import index
@@ -16,15 +14,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.contract.errors import EngineDead, RequestError
+from core.engine.bars import generating_bar, loading_bar
 from core.engine.config import EngineConfig
 from core.engine.engine import Engine
 from core.engine.outputs import RequestOutput
+from core.engine.queueing import Queueing, queueing_of
 from core.engine.resolve import Resolution
 from core.engine.stream import RequestStream, stream_event
 from core.env import cache_dir
 from core.sampling.params import SamplingParams
 from core.tokenizer import Tokenizer, chat_prompt, load_tokenizer
-from core.weights.loader import LoadState, Progress
 from core.weights.sample import resolve_model
 
 Prompt = str | Sequence[int]
@@ -112,7 +111,7 @@ class LLM:
             if show_progress:
                 sys.stderr.write(f"{resolution.summary()}\n")
 
-        with _loading(config.model.name, show_progress) as progress:
+        with loading_bar(config.model.name, show_progress) as progress:
             self.engine = Engine(config, progress=progress, on_resolved=tell)
         self._ids = itertools.count()
         self._live: dict[str, RequestStream] = {}
@@ -125,17 +124,17 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool | None = None,
-        priority: int = 0,
-        queue_timeout_s: float | None = None,
-        timeout_s: float | None = None,
-        salt: str = "",
+        priority: int | Sequence[int] = Queueing.priority,
+        queue_timeout_s: float | None = Queueing.queue_timeout_s,
+        timeout_s: float | None = Queueing.timeout_s,
+        salt: str = Queueing.salt,
     ) -> list[RequestOutput]:
         """Continue prompts, given as text or token ids; all at once, results in the order of the prompts.
 
         Args:
             params: for all prompts, or one each; None = SamplingParams().
             use_tqdm: show a progress bar; None = as the LLM was made.
-            priority: lower goes first under the policy "priority".
+            priority: lower goes first under the policy "priority"; for all prompts, or one each.
             queue_timeout_s, timeout_s: a request ends as "deadline" if it has not begun, not ended, by then.
             salt: blocks are shared only with requests of the same salt.
 
@@ -143,13 +142,17 @@ class LLM:
             RequestError: a prompt or parameter is wrong; nothing was generated for any of them.
             EngineDead: the device failed.
         """
-        many = _as_prompts(prompts)
-        each = _as_params(params, len(many))
-        queue = _Queueing(priority, queue_timeout_s, timeout_s, salt)
-        streams = self._add(many, each, queue)
+        streams = self.queue(
+            prompts,
+            params,
+            priority=priority,
+            queue_timeout_s=queue_timeout_s,
+            timeout_s=timeout_s,
+            salt=salt,
+        )
         finished: dict[str, RequestOutput] = {}
         show = self._show_progress if use_tqdm is None else use_tqdm
-        with _generating(len(many), show) as advance:
+        with generating_bar(len(streams), show) as advance:
             for output in self.run(streams):
                 if output.finished:
                     finished[output.request_id] = output
@@ -164,12 +167,17 @@ class LLM:
         tools: Sequence[Message] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool | None = None,
+        priority: int | Sequence[int] = Queueing.priority,
+        queue_timeout_s: float | None = Queueing.queue_timeout_s,
+        timeout_s: float | None = Queueing.timeout_s,
+        salt: str = Queueing.salt,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several: messages are mappings with `role` and `content`.
 
         Args:
             tools: JSON schemas of functions that the model may call.
             chat_template_kwargs: further names for the model's template, such as `enable_thinking`.
+            Others: as in `generate`.
 
         Raises:
             ConfigError: the model has no chat template. Otherwise as `generate`.
@@ -178,7 +186,15 @@ class LLM:
             raise RequestError("messages is a text; give a list such as [{'role': 'user', 'content': ...}]")
         many = [messages] if messages and isinstance(messages[0], Mapping) else messages
         prompts = [self.chat_prompt(m, tools, chat_template_kwargs) for m in many]  # type: ignore[arg-type]
-        return self.generate(prompts, params, use_tqdm=use_tqdm)
+        return self.generate(
+            prompts,
+            params,
+            use_tqdm=use_tqdm,
+            priority=priority,
+            queue_timeout_s=queue_timeout_s,
+            timeout_s=timeout_s,
+            salt=salt,
+        )
 
     def chat_prompt(
         self,
@@ -189,12 +205,50 @@ class LLM:
         """Token ids of a conversation, ready for the model to answer; arguments as those of `chat`."""
         return chat_prompt(self.tokenizer, messages, tools, chat_template_kwargs)
 
-    def stream(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[RequestOutput]:
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = Queueing.priority,
+        queue_timeout_s: float | None = Queueing.queue_timeout_s,
+        timeout_s: float | None = Queueing.timeout_s,
+        salt: str = Queueing.salt,
+    ) -> Iterator[RequestOutput]:
         """Like `generate`, but gives every request's state whenever it has grown.
 
         The requests are queued when the first output is asked for; closing the iterator ends them.
         """
-        yield from self.run(self._add(list(prompts), [params] * len(prompts)))
+        streams = self.queue(
+            prompts,
+            params,
+            priority=priority,
+            queue_timeout_s=queue_timeout_s,
+            timeout_s=timeout_s,
+            salt=salt,
+        )
+        yield from self.run(streams)
+
+    def queue(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = Queueing.priority,
+        queue_timeout_s: float | None = Queueing.queue_timeout_s,
+        timeout_s: float | None = Queueing.timeout_s,
+        salt: str = Queueing.salt,
+    ) -> list[RequestStream]:
+        """Queue prompts for `run`, which continues them; arguments and errors as those of `generate`.
+
+        The streams are in the order of the prompts; `RequestStream.output` is what there is of one, at any
+        time.
+        """
+        many = _as_prompts(prompts)
+        each = _as_params(params, len(many))
+        waits = queueing_of(len(many), priority, queue_timeout_s, timeout_s, salt)
+        with self._lock:
+            return self._queue(many, each, waits)
 
     def run(self, streams: Sequence[RequestStream]) -> Iterator[RequestOutput]:
         """Step the engine until these requests are finished; a request's output whenever it changed.
@@ -230,18 +284,12 @@ class LLM:
                 stream.take(stream_event(event))
                 self._changed.add(stream.request_id)
 
-    def _add(
-        self, prompts: list[Prompt], params: list[SamplingParams], queue: _Queueing | None = None
-    ) -> list[RequestStream]:
-        with self._lock:
-            return self._add_locked(prompts, params, queue or _Queueing())
-
-    def _add_locked(
-        self, prompts: list[Prompt], params: list[SamplingParams], queue: _Queueing
+    def _queue(
+        self, prompts: list[Prompt], params: list[SamplingParams], waits: list[Queueing]
     ) -> list[RequestStream]:
         added: list[RequestStream] = []
         try:
-            for prompt, one in zip(prompts, params, strict=True):
+            for prompt, one, wait in zip(prompts, params, waits, strict=True):
                 text = prompt if isinstance(prompt, str) else None
                 ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(map(index, prompt))
                 one = one.resolved(partial(self.tokenizer.encode, add_special_tokens=False))
@@ -249,10 +297,10 @@ class LLM:
                     f"request-{next(self._ids)}",
                     ids,
                     one,
-                    priority=queue.priority,
-                    queue_timeout_s=queue.queue_timeout_s,
-                    timeout_s=queue.timeout_s,
-                    salt=queue.salt,
+                    priority=wait.priority,
+                    queue_timeout_s=wait.queue_timeout_s,
+                    timeout_s=wait.timeout_s,
+                    salt=wait.salt,
                 )
                 end = partial(self.engine.end_choice, request.request_id)
                 added.append(RequestStream(request, text, self.tokenizer, time.monotonic, end))
@@ -272,16 +320,6 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class _Queueing:
-    """How requests wait; as `Engine.add` has it."""
-
-    priority: int = 0
-    queue_timeout_s: float | None = None
-    timeout_s: float | None = None
-    salt: str = ""
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -305,67 +343,3 @@ def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, count: 
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters were given for {count} prompts; give one each")
     return list(params)
-
-
-@contextmanager
-def _loading(name: str, show: bool) -> Iterator[Progress | None]:
-    """A bar of bytes, tensors and speed on stderr while weights load, and one line when they are there."""
-    if not show:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn
-    from rich.progress import Progress as Bar
-
-    columns = (
-        TextColumn("loading {task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TextColumn("{task.fields[tensors]} tensors"),
-        TextColumn("{task.fields[speed]:.2f} GB/s"),
-    )
-    last: LoadState | None = None
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=None, tensors="0", speed=0.0)
-
-        def tell(state: LoadState) -> None:
-            nonlocal last
-            last = state
-            bar.update(
-                task,
-                completed=state.bytes_done,
-                total=state.bytes_total,
-                tensors=f"{state.tensors_done}/{state.tensors_total}",
-                speed=state.bytes_per_s / 1e9,
-            )
-
-        yield tell
-    if last is not None:
-        sys.stderr.write(f"loaded {last.sentence()} in {last.seconds:.1f} s\n")
-
-
-@contextmanager
-def _generating(count: int, show: bool) -> Iterator[Any]:
-    if not show:
-        yield lambda tokens: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("generating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:.0f} tokens/s"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=count, speed=0.0)
-        start, total = time.monotonic(), 0
-
-        def advance(tokens: int) -> None:
-            nonlocal total
-            total += tokens
-            bar.update(task, advance=1, speed=total / max(time.monotonic() - start, 1e-9))
-
-        yield advance

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from core.contract.errors import ConfigError, RequestError
+from core.contract.errors import RequestError
+from core.weights.kinds import is_gguf, not_a_model
 
 
 class Tokenizer(Protocol):
@@ -83,8 +84,8 @@ def load_tokenizer(path: str | Path, *, or_bytes: bool = False) -> Tokenizer:
         or_bytes: for a folder that has a config.json and no tokenizer, one whose ids are bytes.
 
     Raises:
-        ConfigError: there is none, it cannot be read, its kind is not known, or it has more tokens than the
-        model's embedding.
+        ConfigError: the path is no model, or its tokenizer is missing, cannot be read, is of a kind that is
+        not known, or has more tokens than the model's embedding.
         WeightError: the .gguf file is broken.
     """
     path = Path(path)
@@ -92,11 +93,11 @@ def load_tokenizer(path: str | Path, *, or_bytes: bool = False) -> Tokenizer:
         from core.tokenizer.folder import from_folder
 
         return from_folder(path, or_bytes=or_bytes)
-    if path.suffix == ".gguf" and path.is_file():
+    if is_gguf(path):
         from core.tokenizer.gguf_vocab import from_gguf
 
         return from_gguf(path)
-    raise ConfigError(f"{path} has no tokenizer; give a folder with tokenizer.json, or a .gguf file")
+    raise not_a_model(path)
 
 
 @dataclass(frozen=True)

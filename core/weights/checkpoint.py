@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.contract.errors import ConfigError, WeightError
+from core.weights.kinds import is_gguf, not_a_model
 
 Index = tuple[slice, ...]
 """One slice per dimension, step 1."""
@@ -100,31 +101,11 @@ def open_checkpoint(path: str | Path, load_format: str = "auto") -> Checkpoint:
         from core.weights.safetensors import SafetensorsCheckpoint
 
         return _unpacked(SafetensorsCheckpoint(path))
-    if path.is_file():
-        with path.open("rb") as file:
-            first = file.read(8)
-        if first.startswith(b"GGUF") or path.suffix == ".gguf":
-            from core.weights.gguf import GGUFCheckpoint
+    if is_gguf(path):
+        from core.weights.gguf import GGUFCheckpoint
 
-            return GGUFCheckpoint(path)
-        raise ConfigError(f"{path} is {_kind(path, first)}; {_WANTED}")
-    if path.exists():
-        raise ConfigError(f"{path} is neither a folder nor a file; {_WANTED}")
-    raise ConfigError(f"{path} does not exist; {_WANTED}")
-
-
-_WANTED = "give a folder with config.json and safetensors, or a .gguf file"
-
-
-def _kind(path: Path, first: bytes) -> str:
-    """What a file that is no model is, as far as its first bytes tell."""
-    if path.suffix == ".safetensors":
-        return "one safetensors file, which lacks the model's configuration"
-    if first.startswith(b"PK"):
-        return "a zip archive, such as torch.save writes; pickles are not read"
-    if first.startswith(b"\x80"):
-        return "a pickle, which is not read"
-    return f"no model (its first bytes are {first!r})"
+        return GGUFCheckpoint(path)
+    raise not_a_model(path)
 
 
 def _unpacked(checkpoint: Checkpoint) -> Checkpoint:

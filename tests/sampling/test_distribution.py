@@ -261,7 +261,7 @@ def test_the_least_and_the_greatest_random_word_draw_no_masked_token(
     assert sample(LIKELY[None], batch_of([Draw(params, 0)], V)).tokens[0] in permitted
 
 
-@pytest.mark.parametrize("temperature", [1e-7, 1e-38, 1e-46, 1e7, 1e39, inf, -1.0])
+@pytest.mark.parametrize("temperature", [1e7, 1e39, inf, float("nan"), -1.0])
 def test_temperatures_at_which_float32_gives_out_are_refused(temperature: float) -> None:
     with pytest.raises(RequestError, match="temperature"):
         P(temperature=temperature)

@@ -231,3 +231,8 @@ def test_bad_words_are_banned_at_the_beginning_and_inside_of_a_text() -> None:
     assert params.bad_words_ids == ((9,), (1, 2), (3,), (4,)) and not params.bad_words
     with pytest.raises(RequestError, match="'none' has no tokens"):
         SamplingParams(bad_words="none").resolved(lambda t: tokens[t])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-40, 5e-324])
+def test_a_temperature_too_low_for_float32_is_greedy(temperature: float) -> None:
+    assert SamplingParams(temperature=temperature).temperature == 0

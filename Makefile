@@ -19,7 +19,7 @@ test:
 	@.ci/run
 
 test-full:
-	@.ci/run install lint types contract sample tests-full
+	@.ci/run install lint types contract sample tests-full conformance
 
 lint:
 	@.ci/run install lint

@@ -102,6 +102,7 @@ class Plugins:
         self._specs: dict[str, BackendSpec] = {}
         self._addons: set[str] = set()
         self._failures: dict[str, LoadFailure] = {}
+        self._places: dict[str, str] = {}
         self._loaded = False
         self._trace = env.debug_level() >= 2 if trace is None else trace
         if self._trace:
@@ -122,6 +123,7 @@ class Plugins:
         for name in sorted(found.keys() - self._disabled):
             try:
                 group, point = _only(name, found[name])
+                self._places[name] = point.value if ":" in point.value else f"{point.value}:"
                 self._admit(_import(name, point), name, group)
             except PluginError as error:
                 self._failures[name] = LoadFailure(name, str(error), error)
@@ -180,6 +182,17 @@ class Plugins:
             f"no backend is named {name!r}; installed: {known}{_nearest(name, self._specs)}; choose one of "
             "them or install the distribution that brings it"
         )
+
+    def plugin(self, name: str) -> object:
+        """The object that has a backend's hooks. Raises as `spec`."""
+        self.spec(name)
+        found: object = self._manager.get_plugin(name)
+        return found
+
+    def place(self, name: str) -> str:
+        """Where a loaded backend's entry point leads: "module:object". Raises as `spec`."""
+        self.spec(name)
+        return self._places.get(name, "")
 
     def backend(self, name: str) -> BackendHandle:
         """A handle whose methods call this backend's hooks. Raises as `spec`."""

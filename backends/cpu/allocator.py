@@ -19,7 +19,9 @@ import torch
 from backends.cpu.arrays import index, to_numpy, to_torch, torch_dtype
 from backends.cpu.device import CpuDevice
 from backends.cpu.packed import SCHEMES, PackedWeight, Weight
+from backends.cpu.plugin import SPEC
 from core.contract.errors import DeviceError, OutOfMemoryError, UnsupportedError
+from core.contract.spec import check_block_sizes
 from core.contract.types import BlockRegion, CacheLayerSpec, CachePlan, PackRequest, State
 
 WIDE_USES = frozenset({"norm", "bias", "constant"})
@@ -106,6 +108,7 @@ class CpuAllocator:
     def allocate_state(self, plan: CachePlan) -> State:
         """See the protocol. Blocks start as zeros."""
         self._device.check_open()
+        check_block_sizes(SPEC, [group.block_size for group in plan.groups if group.kind != "state"])
         groups = [plan.groups[g] for g in plan.group_of]
         wanted = 4 * (plan.max_requests + 1)
         for layer, group in zip(plan.layers, groups, strict=True):

@@ -49,6 +49,11 @@ class CpuProgram:
     def run(self, batch: StepBatch, state: State) -> tuple[StepOutput, State]:
         """See the protocol. The batch's own layout is read, which may be of another bucket."""
         request = self._request
+        if batch.input_embeds is not None:
+            raise UnsupportedError(
+                "the step has input_embeds, but backend 'cpu' does not declare batch.input_embeds; "
+                "give token ids"
+            )
         with torch.inference_mode():
             flat = torch.from_numpy(batch.flat)
             step = Step.of(batch.layout, request.plan, flat, state.last, host=batch)

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from backends.cpu import device as cpu_device
+from core.contract.errors import UnsupportedError
 from core.contract.hookspecs import hookimpl
 from core.contract.interfaces import (
     AttentionKernel,
@@ -135,4 +136,9 @@ def core_communicator(request: CommunicatorRequest) -> Communicator:
     """See `core.contract.hookspecs`."""
     from backends.cpu.communicator import GlooCommunicator
 
+    if request.world_size > SPEC.max_world_size:
+        raise UnsupportedError(
+            f"a group of {request.world_size} ranks was asked for, but backend 'cpu' declares "
+            f"{SPEC.max_world_size} at most; use fewer"
+        )
     return GlooCommunicator(request)

@@ -20,6 +20,7 @@ from backends.cpu_reference.device import ReferenceDevice
 from backends.cpu_reference.rows import real_tokens
 from core.contract.batch import Step
 from core.contract.errors import DeviceError, OutOfMemoryError, UnsupportedError
+from core.contract.spec import check_block_sizes
 from core.contract.types import BlockRegion, CacheLayerSpec, CachePlan, PackRequest, State
 
 Array = npt.NDArray[Any]
@@ -175,7 +176,10 @@ class ReferenceAllocator:
 
     def allocate_state(self, plan: CachePlan) -> State:
         """See the protocol. Every entry reads as NaN."""
+        from backends.cpu_reference.plugin import SPEC
+
         self._device.check_open()
+        check_block_sizes(SPEC, [group.block_size for group in plan.groups if group.kind != "state"])
         groups = [plan.groups[g] for g in plan.group_of]
         last = np.zeros(plan.max_requests + 1, np.int32)
         wanted = last.nbytes + sum(

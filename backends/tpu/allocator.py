@@ -21,7 +21,7 @@ from backends.tpu.device import TpuDevice, device_errors
 from backends.tpu.plugin import SPEC
 from backends.tpu.state import StateCache
 from core.contract.errors import OutOfMemoryError, UnsupportedError
-from core.contract.spec import check_capabilities
+from core.contract.spec import check_block_sizes, check_capabilities
 from core.contract.types import Array, BlockRegion, CacheLayerSpec, CachePlan, Packed, PackRequest, State
 
 Cache = PagedCache | LatentCache | StateCache
@@ -131,6 +131,7 @@ class TpuAllocator:
     def allocate_state(self, plan: CachePlan) -> State:
         """One zeroed array per part of each layer."""
         check_capabilities(SPEC, plan)
+        check_block_sizes(SPEC, [group.block_size for group in plan.groups if group.kind != "state"])
         wanted = 4 * (plan.max_requests + 1)
         for i, layer in enumerate(plan.layers):
             self._check_layer(i, layer)

@@ -113,7 +113,7 @@ class MemoryAllocator(Protocol):
 
         Raises:
             OutOfMemoryError: it does not fit the budget; nothing was allocated.
-            UnsupportedError: a layer's kind, dtype or head size is not declared.
+            UnsupportedError: a layer's kind, dtype or head size, or a block size is not declared.
         """
 
     def free_state(self, state: State) -> None:

@@ -8,7 +8,7 @@ declares it: `check_capabilities` refuses anything else, typed, before memory is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -166,6 +166,20 @@ class BackendSpec:
     host_batch: bool = False
     determinism: Determinism = "none"
     overlap: int = 1
+
+
+def check_block_sizes(spec: BackendSpec, sizes: Iterable[int]) -> None:
+    """Refuse blocks of sizes that `spec` does not declare.
+
+    Raises:
+        UnsupportedError: names the size, and those that are declared.
+    """
+    for size in sizes:
+        if size not in spec.cache.block_sizes:
+            raise UnsupportedError(
+                f"block size {size} is not one that backend {spec.name!r} allows; choose from "
+                f"{sorted(spec.cache.block_sizes)}"
+            )
 
 
 def needs(capability: str) -> Mapping[str, str]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from core.block_manager import CacheGroup
 from core.contract.errors import ConfigError, UnsupportedError
-from core.contract.spec import BackendSpec
+from core.contract.spec import BackendSpec, check_block_sizes
 from core.contract.types import CacheGroupSpec, CacheLayerSpec, CachePlan
 
 BlockBytes = Callable[[CacheLayerSpec, int], int]
@@ -36,10 +36,7 @@ def choose_block_size(spec: BackendSpec, wanted: int | None) -> int:
     allowed = spec.cache.block_sizes
     if wanted is None:
         return allowed[0]
-    if wanted not in allowed:
-        raise UnsupportedError(
-            f"block size {wanted} is not one that backend {spec.name!r} allows; choose from {sorted(allowed)}"
-        )
+    check_block_sizes(spec, (wanted,))
     return wanted
 
 

@@ -114,7 +114,7 @@ class DummyCheckpoint:
 
 
 def dummy_checkpoint(path: Path, seed: int = 0) -> DummyCheckpoint:
-    """Random weights for the model that a config.json describes, in the dtype that it names.
+    """Random weights for the model that a config.json describes, in its dtype and of its `initializer_range`.
 
     Args:
         path: a folder with config.json, or the file itself.
@@ -147,7 +147,9 @@ def dummy_checkpoint(path: Path, seed: int = 0) -> DummyCheckpoint:
         shapes[part.name] = tuple(map(max, ends, shapes.get(part.name, ends)))
         if part.transform == "add_one":
             centres[part.name] = 0.0
-    return DummyCheckpoint(shapes, seed, checkpoint_dtype(hf), config=hf, centres=centres, path=path)
+    text = hf.get("text_config") or hf
+    std = float(text.get("initializer_range") or 0.02)
+    return DummyCheckpoint(shapes, seed, checkpoint_dtype(hf), std, hf, centres, path)
 
 
 @lru_cache(maxsize=4)

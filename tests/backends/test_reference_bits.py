@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from backends.cpu_reference.arithmetic import product, rms_norm
+from conformance.world import Row, World
 from tests.backends.harness import REFERENCE, Bench
-from tests.backends.steps import Row, World
 from tests.backends.test_ops import CASES, widened
 
 # Not causal, or made to read the step's first row: here a row's result is not its own affair.

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from conformance.world import Row, World
 from core.contract.batch import Step, StepBatch
 from core.contract.ops import Ops
 from core.contract.spec import BatchRules
@@ -24,7 +25,6 @@ from core.parallel.sharding import Shard
 from core.weights.checkpoint import open_checkpoint
 from core.weights.loader import load_model
 from tests.backends.harness import Bench, Input
-from tests.backends.steps import Row, World
 
 Float64 = npt.NDArray[np.float64]
 

@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from conformance.gtest import ALPHA, exact, g_test
 from core.contract.errors import RequestError
 from core.sampling import reference
 from core.sampling.params import MAX_TEMPERATURE, MIN_TEMPERATURE, SamplingParams
 from core.sampling.reference import sample
 from tests.backends.harness import BACKENDS
 from tests.sampling.drawing import EOS, Draw, Drawer, batch_of, repeated
-from tests.sampling.gtest import ALPHA, exact, g_test
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]

@@ -8,21 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from conformance.tolerance import Precision
-from core.contract.ops import Ops
-from core.contract.opspecs import Rope, RopeSpec
-from core.contract.types import Outputs
-from tests.backends import dense
-from tests.backends.cache_cases import (
-    LATENT,
-    LENGTHS,
-    SCHEDULES,
-    attention_spec,
-    declares,
-    latent_layer,
-    layer_of,
-)
-from tests.backends.cases import (
+from conformance import dense
+from conformance.dense import Bounded
+from conformance.opcases.base import (
     EPS,
     Case,
     Draw,
@@ -36,8 +24,20 @@ from tests.backends.cases import (
     rotary,
     table,
 )
-from tests.backends.dense import Bounded
-from tests.backends.steps import World
+from conformance.opcases.cached import (
+    LATENT,
+    LENGTHS,
+    SCHEDULES,
+    attention_spec,
+    declares,
+    latent_layer,
+    layer_of,
+)
+from conformance.tolerance import Precision
+from conformance.world import World
+from core.contract.ops import Ops
+from core.contract.opspecs import Rope, RopeSpec
+from core.contract.types import Outputs
 
 WORLD = World((9, 1, 14))
 T, D, WIDTH = WORLD.num_tokens, 24, 20

@@ -10,16 +10,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of NumPy)
 import numpy as np
 import numpy.typing as npt
 
+from conformance.bench import CaseFunction, Input
+from conformance.dense import Bounded
 from conformance.tolerance import Precision
+from conformance.world import World
 from core.contract.batch import Step
 from core.contract.ops import Ops
 from core.contract.spec import BackendSpec
-from tests.backends.dense import Bounded
-from tests.backends.harness import CaseFunction, Input
-from tests.backends.steps import World
 
 Array = npt.NDArray[Any]
 
@@ -50,15 +51,24 @@ class Case:
 
 
 def exactly(x: Array) -> Array:
-    """Rounded to what float32 holds exactly, in float64."""
-    return x.astype(np.float32).astype(np.float64)
+    """Rounded to what the dtype under test holds exactly, in float64: nobody is charged for it."""
+    return x.astype(np.dtype(_run_dtype)).astype(np.float64)
+
+
+_run_seed, _run_dtype = 0, "float32"
+
+
+def set_run(seed: int, dtype: str) -> None:
+    """Seed of everything that `Draw` gives from now on, and the dtype that holds it exactly."""
+    global _run_seed, _run_dtype
+    _run_seed, _run_dtype = seed, dtype
 
 
 class Draw:
-    """Random inputs that float32 holds exactly."""
+    """Random inputs that the dtype under test holds exactly."""
 
     def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng([_run_seed, seed])
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Array:
         return exactly(scale * self._rng.normal(size=shape))
@@ -75,7 +85,11 @@ class Draw:
 def rotary(length: int, size: int) -> Array:
     """A rotary table that float32 holds exactly: [length, size], cosines then sines."""
     angles = np.arange(length)[:, None] * 100.0 ** -(np.arange(0, size, 2) / size)
-    return exactly(np.concatenate([np.cos(angles), np.sin(angles)], -1))
+    return _single(np.concatenate([np.cos(angles), np.sin(angles)], -1))
+
+
+def _single(x: Array) -> Array:
+    return x.astype(np.float32).astype(np.float64)
 
 
 def table(*columns: Array) -> tuple[Input, list[slice]]:

@@ -7,6 +7,7 @@ function also gives the bound of rule A for its result, from the exact intermedi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,14 +74,18 @@ def rope(x: Bounded, positions: Array, size: int, interleaved: bool, table: Arra
     return Bounded(y, rotation_error(x.value, y, half, p, x.error))
 
 
+_erfc: Any = np.frompyfunc(math.erfc, 1, 1)
+
+
 def activate(x: Bounded, activation: Activation, p: Precision) -> Bounded:
     v = x.value
-    y = {
+    formulas: dict[str, Callable[[], Any]] = {
         "silu": lambda: v / (1 + np.exp(-v)),
         "sigmoid": lambda: 1 / (1 + np.exp(-v)),
-        "gelu": lambda: v * np.vectorize(lambda a: math.erfc(-a / math.sqrt(2)) / 2)(v),
+        "gelu": lambda: v * _erfc(-v / math.sqrt(2)).astype(np.float64) / 2,
         "gelu_tanh": lambda: v / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))),
-    }[activation]()
+    }
+    y = formulas[activation]()
     return Bounded(y, activation_error(v, p, x.error))
 
 

@@ -9,14 +9,14 @@ same ones however a sequence is cut into steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from core.contract.batch import DECODE, PREFILL, VERIFY, StepBatch, StepLayout
-from core.contract.spec import BatchRules
+from core.contract.spec import BackendSpec, BatchRules
 from core.contract.types import (
     Bucket,
     CacheGroupSpec,
@@ -47,13 +47,6 @@ class Row:
     checkpoint_offset: int = 0
     checkpoint: int = 0
 
-    @property
-    def kind(self) -> int:
-        """A single token after others is a decode; a few of them a verification; else a prefill."""
-        if self.start == 0 or self.count > 4:
-            return PREFILL
-        return DECODE if self.count == 1 else VERIFY
-
 
 @dataclass(frozen=True)
 class World:
@@ -64,6 +57,40 @@ class World:
     block_size: int = 8
     seed: int = 5
     outputs: Outputs = field(default_factory=lambda: Outputs(all_logits=True))
+    max_verify: int = 4
+    multiple: int = 1
+
+    def fitted(self, spec: BackendSpec) -> World:
+        """This world with blocks and rows that a backend declares."""
+        sizes = spec.cache.block_sizes
+        size = self.block_size if self.block_size in sizes else min(sizes)
+        return replace(
+            self,
+            block_size=size,
+            max_verify=min(self.max_verify, spec.attention.max_decode_queries),
+            multiple=spec.batch.prefill_multiple,
+        )
+
+    def kind(self, row: Row) -> int:
+        """A single token after others is a decode; a few of them a verification; else a prefill."""
+        if row.start and row.count == 1:
+            return DECODE
+        return VERIFY if row.start and row.count <= self.max_verify else PREFILL
+
+    def legal(self, steps: Sequence[Sequence[Row]], rules: BatchRules) -> list[list[Row]]:
+        """The same rows in steps that a backend takes: by its rules on mixing and on numbers of rows."""
+        found: list[list[Row]] = []
+        for rows in steps:
+            first = [row for row in rows if self.kind(row) != PREFILL]
+            last = [row for row in rows if self.kind(row) == PREFILL]
+            many = rules.max_prefills or max(len(last), 1)
+            groups = [last[i : i + many] for i in range(0, len(last), many)]
+            if rules.mixed and groups:
+                groups[0] = [*first, *groups[0]]
+            elif first:
+                groups = [first, *groups]
+            found += groups
+        return found
 
     @property
     def num_tokens(self) -> int:
@@ -132,7 +159,7 @@ class World:
         self, rows: Sequence[Row], rules: BatchRules, *, step_id: int = 0, read: int | None = None
     ) -> StepBatch:
         """The step of these rows, decode and verify rows first. `read`: state slot to continue from."""
-        rows = sorted(rows, key=lambda row: row.kind == PREFILL)
+        rows = sorted(rows, key=lambda row: self.kind(row) == PREFILL)
         layout = StepLayout.of(self._bucket(rows), self.plan, rules)
         flat = np.zeros(layout.size, np.int32)
         layout.clear(flat)
@@ -147,7 +174,7 @@ class World:
             v["query_start"][r : r + 2] = token, end
             v["seq_lens"][r] = row.start + row.count
             v["request_slots"][r] = row.sequence
-            v["query_kind"][r] = row.kind
+            v["query_kind"][r] = self.kind(row)
             if row.sampled:
                 v["sample_rows"][sample], v["sample_slots"][sample] = end - 1, row.sequence
                 sample += 1
@@ -155,7 +182,7 @@ class World:
             token = end
         if layout.bucket.kind != "decode":
             v["query_start"][len(rows) :] = token
-        decodes = sum(row.kind == DECODE for row in rows)
+        decodes = sum(self.kind(row) == DECODE for row in rows)
         v["counts"][:] = token, len(rows), decodes, sample
         return StepBatch(step_id, layout, self.plan, flat, token, len(rows), decodes, sample)
 
@@ -181,7 +208,7 @@ class World:
 
     def _bucket(self, rows: Sequence[Row]) -> Bucket:
         """One bucket for decode steps and one for all others, so that few programs are compiled."""
-        decode = all(row.kind == DECODE for row in rows)
+        decode = all(self.kind(row) == DECODE for row in rows)
         kind: StepKind = "decode" if decode else "mixed"
         requests = _power_of_two(len(self.lengths) + 1)
         return Bucket(
@@ -213,7 +240,12 @@ class World:
             for s, n in enumerate(self.lengths):
                 if len(steps) < s or at[s] == n:
                     continue
-                count = min(counts[turn[s] % len(counts)], n - at[s])
+                count = counts[turn[s] % len(counts)]
+                if count > self.max_verify or not at[s]:
+                    count = -(-count // self.multiple) * self.multiple
+                elif count > 1 and self.multiple > 1:
+                    count = 1
+                count = min(count, n - at[s])
                 rows.append(Row(s, at[s], count))
                 at[s] += count
                 turn[s] += 1

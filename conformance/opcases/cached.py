@@ -7,13 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from conformance.tolerance import Precision
-from core.contract.errors import UnsupportedError
-from core.contract.opspecs import AttentionSpec, ConvSpec, LatentSpec, QScale, ScanSpec
-from core.contract.spec import BackendSpec, check_capabilities
-from core.contract.types import CacheLayerSpec, StatePart
-from tests.backends import dense
-from tests.backends.cases import (
+from conformance import dense
+from conformance.bench import Input
+from conformance.dense import Bounded
+from conformance.opcases.base import (
     Case,
     Draw,
     activations,
@@ -24,9 +21,12 @@ from tests.backends.cases import (
     product_use,
     table,
 )
-from tests.backends.dense import Bounded
-from tests.backends.harness import Input
-from tests.backends.steps import World
+from conformance.tolerance import Precision
+from conformance.world import World
+from core.contract.errors import UnsupportedError
+from core.contract.opspecs import AttentionSpec, ConvSpec, LatentSpec, QScale, ScanSpec
+from core.contract.spec import BackendSpec, check_capabilities
+from core.contract.types import CacheLayerSpec, StatePart
 
 LENGTHS = (29, 5, 18)
 SCHEDULES = ("whole", "mixed")
@@ -211,8 +211,8 @@ def latent_cases() -> Iterator[Case]:
 
         def exact(p: Precision, part: str = part) -> Bounded:
             def one(t: slice) -> Bounded:
-                parts = (Bounded(x[t]) for x in (q_nope, q_rope, c, r))
-                return dense.attend_latent(*parts, w_k, w_v, s, p)[part == "lse"]
+                a, b, k, r_t = (Bounded(x[t]) for x in (q_nope, q_rope, c, r))
+                return dense.attend_latent(a, b, k, r_t, w_k, w_v, s, p)[part == "lse"]
 
             return per_sequence(world, one)
 

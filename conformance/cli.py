@@ -1,0 +1,285 @@
+"""`core conformance`: run the suite, and what can be done with its reports."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from conformance.status import EXIT_MEANING, FAILURES, MISMATCH, NO_DEVICE, USAGE
+from conformance.subject import BackendMissing, BackendRefused, Subject, Target
+from core.contract.errors import ConfigError, CoreError
+
+app = typer.Typer(
+    help="Check a backend against the contract and the CPU reference.",
+    no_args_is_help=True,
+    epilog="Exit status: " + "; ".join(f"{code} {meaning}" for code, meaning in EXIT_MEANING.items()) + ".",
+)
+
+Backend = Annotated[
+    str, typer.Option(help="a backend's name, or MODULE:OBJECT of a plugin that is not installed")
+]
+Levels = Annotated[str, typer.Option(help="a level, a range or a list: L2, L0..L5, L0,L2")]
+Dtype = Annotated[str, typer.Option(help="compute dtype; auto = the backend's first")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", help="backend option as NAME=VALUE; may be repeated")
+]
+
+
+def _target(backend: str, dtype: str, device: int, options: Sequence[str] | None) -> Subject:
+    given = {}
+    for option in options or ():
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise ConfigError(f"--option {option!r} is not NAME=VALUE")
+        given[name] = value
+    subject = Subject.of(Target(backend, dtype, device, given))
+    if dtype == "auto":
+        subject = Subject(Target(backend, subject.spec.dtypes[0], device, given), subject.handle)
+    elif dtype not in subject.spec.dtypes:
+        raise ConfigError(
+            f"dtype is {dtype!r}, but backend {backend!r} declares {', '.join(subject.spec.dtypes)}"
+        )
+    return subject
+
+
+def _end(code: int, message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def _seed(text: str) -> int:
+    if text == "auto":
+        return secrets.randbits(64)
+    try:
+        seed = int(text, 16)
+    except ValueError:
+        raise ConfigError(f"--seed is {text!r}; give auto or up to 16 hexadecimal digits") from None
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"--seed {text!r} has more than 64 bits; give up to 16 hexadecimal digits")
+    return seed
+
+
+@app.command()
+def run(
+    backend: Backend,
+    level: Levels = "L0..L5",
+    profile: Annotated[
+        str, typer.Option(help="profiles, separated by commas; each must be supported whole")
+    ] = "",
+    dtype: Dtype = "float32",
+    device: Annotated[int, typer.Option(help="index of the device")] = 0,
+    option: Options = None,
+    seed: Annotated[str, typer.Option(help="auto, or up to 16 hexadecimal digits")] = "auto",
+    shard: Annotated[str, typer.Option(help="i/n: this part of n of the checks")] = "1/1",
+    resume: Annotated[bool, typer.Option(help="go on where the run in --out was interrupted")] = False,
+    out: Annotated[Path, typer.Option(help="folder of the report")] = Path("conformance-report"),
+    full: Annotated[bool, typer.Option("--full", help="every check, not the quick ones only")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="worker processes")] = 1,
+    only: Annotated[str, typer.Option(help="a regular expression that ids must contain")] = "",
+    waivers: Annotated[Path | None, typer.Option(help="the vendor's waivers.toml")] = None,
+) -> None:
+    """Run the checks of some levels, and write a report."""
+    from conformance.session import Request, Session
+
+    try:
+        try:
+            subject = _target(backend, dtype, device, option)
+        except BackendRefused as error:
+            typer.echo(f"FAIL  L0/registration/loads  {error}")
+            raise typer.Exit(FAILURES) from None
+        except BackendMissing as error:
+            _end(NO_DEVICE, str(error))
+        request = Request(
+            levels=level,
+            profiles=tuple(p.strip() for p in profile.split(",") if p.strip()),
+            seed=None if seed == "auto" else _seed(seed),
+            shard=shard,
+            quick=not full,
+            only=only,
+            jobs=jobs,
+            out=out,
+            resume=resume,
+            waivers=waivers,
+        )
+        report = Session(subject, request).run()
+    except BackendMissing as error:
+        _end(NO_DEVICE, str(error))
+    except ConfigError as error:
+        _end(USAGE, str(error))
+    raise typer.Exit(report.exit_code)
+
+
+@app.command("list")
+def list_(
+    backend: Backend,
+    level: Levels = "L0..L7",
+    dtype: Dtype = "float32",
+    option: Options = None,
+) -> None:
+    """The ids of all checks that concern a backend, and which of them it does not support."""
+    from conformance.catalogue import LEVELS, catalogue, lacking, parse_levels
+
+    try:
+        levels = parse_levels(level)
+        subject = _target(backend, dtype, 0, option)
+    except BackendMissing as error:
+        _end(NO_DEVICE, str(error))
+    except CoreError as error:
+        _end(USAGE, str(error))
+    checks = catalogue(subject.spec, subject.target, 0)
+    for number in levels:
+        own = [check for check in checks if check.level == number]
+        typer.echo(f"L{number} {LEVELS[number]}: {f'{len(own)} checks' if own else 'no case'}")
+        for check in own:
+            missing = lacking(check, subject.spec)
+            is_off = bool(missing) or not check.supported(subject.spec)
+            typer.echo(f"  {check.id}{f'  (not supported: {chr(44).join(missing)})' if is_off else ''}")
+
+
+@app.command()
+def explain(check_id: str, backend: Backend = "cpu_reference") -> None:
+    """What a check does, what it needs, and where it is written."""
+    from conformance.catalogue import catalogue
+
+    subject = Subject.of(Target(backend))
+    found = {check.id: check for check in catalogue(subject.spec, subject.target, 0)}
+    if check_id not in found:
+        import difflib
+
+        near = difflib.get_close_matches(check_id, found, n=1)
+        hint = f"; nearest is {near[0]}" if near else ""
+        _end(USAGE, f"there is no check {check_id!r} for backend {backend!r}{hint}")
+    check = found[check_id]
+    run = getattr(check.run, "func", check.run)
+    code = run.__code__
+    typer.echo(f"{check.id}\n  {check.about}")
+    typer.echo(
+        f"  needs: {', '.join(check.needs) or 'nothing that a backend may lack'}; profile {check.profile}"
+    )
+    typer.echo(f"  limit {check.timeout_s:g} s; {'may' if check.is_waivable else 'may not'} be waived")
+    typer.echo(f"  {run.__module__}, line {code.co_firstlineno}")
+
+
+@app.command()
+def repro(
+    report: Path, check_id: str, debug: Annotated[bool, typer.Option(help="show the traceback")] = False
+) -> None:
+    """Run one check of a report again, here, with the same seed and options."""
+    from conformance.catalogue import catalogue
+    from conformance.report import from_json
+    from conformance.status import Status
+    from conformance.worker import run_check
+
+    try:
+        found = from_json(report.read_text(encoding="utf-8"), str(report))
+    except (OSError, ConfigError) as error:
+        _end(USAGE, str(error))
+    facts = found.run
+    target = Target(
+        found.backend["target"], facts["dtype"], facts["device"], facts["options"], facts["fault"]
+    )
+    seed = int(facts["seed"], 16)
+    try:
+        subject = Subject.of(target)
+    except CoreError as error:
+        _end(NO_DEVICE, str(error))
+    checks = {check.id: check for check in catalogue(subject.spec, target, seed)}
+    if check_id not in checks:
+        _end(USAGE, f"{report} has no check {check_id!r}")
+    result = run_check(checks[check_id], subject, seed)
+    typer.echo(f"{result.status}: {result.message or 'nothing wrong'}")
+    for name, value in result.metrics.items():
+        typer.echo(f"  {name} = {value}")
+    if debug and result.log:
+        typer.echo(result.log, err=True)
+    raise typer.Exit(0 if Status(result.status).is_good else FAILURES)
+
+
+@app.command()
+def merge(
+    reports: list[Path], out: Annotated[Path, typer.Option(help="folder of the merged report")]
+) -> None:
+    """One report of all shards of a run."""
+    from conformance.report import from_json, write
+    from conformance.report import merge as merged
+
+    try:
+        found = [from_json(path.read_text(encoding="utf-8"), str(path)) for path in reports]
+        whole = merged(found, [str(path) for path in reports])
+    except (OSError, ConfigError) as error:
+        _end(MISMATCH, str(error))
+    write(whole, out)
+    typer.echo(f"{whole.verdict}\n{out}")
+    raise typer.Exit(whole.exit_code)
+
+
+@app.command()
+def verify(report: Path) -> None:
+    """Hold a report against its schema, its hash and its own figures."""
+    from conformance.report import from_json, validate
+
+    try:
+        text = report.read_text(encoding="utf-8")
+        validate(text, str(report))
+        found = from_json(text, str(report))
+    except (OSError, ConfigError) as error:
+        _end(MISMATCH, str(error))
+    typer.echo(found.verdict)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
+def badge(
+    report: Path, out: Annotated[Path | None, typer.Option(help="file; otherwise printed")] = None
+) -> None:
+    """A badge of a report, as SVG."""
+    from conformance.report import from_json, to_badge
+
+    try:
+        svg = to_badge(from_json(report.read_text(encoding="utf-8"), str(report)))
+    except (OSError, ConfigError) as error:
+        _end(MISMATCH, str(error))
+    if out is None:
+        sys.stdout.write(svg)
+    else:
+        out.write_text(svg, encoding="utf-8")
+
+
+@app.command()
+def zoo(
+    seeds: Annotated[int, typer.Option(min=1, help="seeds 0 to N - 1")] = 1,
+    shard: Annotated[str, typer.Option(help="i/n")] = "1/1",
+    only: Annotated[str, typer.Option(help="a regular expression that the fault's name must contain")] = "",
+    resume: Annotated[bool, typer.Option(help="go on from --out")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file of what became of each fault")] = None,
+) -> None:
+    """Plant every known fault in the reference backend, and see that a test of its family finds it."""
+    import json
+
+    from conformance.catalogue import parse_shard
+    from conformance.zoo.faults import FAULTS, NO_SUBJECT
+    from conformance.zoo.run import Catch, as_json, hunt_all
+
+    known = []
+    try:
+        if resume and out is not None and out.exists():
+            known = [Catch(**entry) for entry in json.loads(out.read_text(encoding="utf-8"))]
+        found = hunt_all(seeds, parse_shard(shard), only, known)
+    except ConfigError as error:
+        _end(USAGE, str(error))
+    if out is not None:
+        out.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
+    missed = [catch for catch in found if not catch.by]
+    numbers = {fault.number for fault in FAULTS}
+    typer.echo(
+        f"{len(found) - len(missed)} of {len(found)} caught; {len(numbers)} faults of the catalogue have a "
+        f"subject, {len(NO_SUBJECT)} have none"
+    )
+    for catch in missed:
+        typer.echo(f"MISSED {catch.fault} {catch.severity} (seed {catch.seed})")
+    raise typer.Exit(FAILURES if missed else 0)

@@ -1,0 +1,141 @@
+"""L2: every op under every choice of its options, in all schedules: rule A, poisons, fused = composite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from conformance.bench import Array, Bench
+from conformance.check import Check, Context
+from conformance.opcases import cached, fused, plain
+from conformance.opcases.base import Case
+from conformance.subject import Subject, Target
+from conformance.world import World
+from core.contract.ops import inherited_ops
+from core.contract.spec import BackendSpec
+from core.contract.types import CacheLayerSpec
+
+REFERENCE = "cpu_reference"
+POISONS = {"nan": np.nan, "huge": 1e30, "plausible": 0.75}
+"""What is put into memory that no live token owns: NaN shows reads that are multiplied, 1e30 those that are
+masked by adding, a plausible value those that a test for NaN would hide.
+"""
+
+
+@cache
+def oracle() -> Subject:
+    """The reference backend."""
+    return Subject.of(Target(REFERENCE, "float64"))
+
+
+def widened(world: World) -> World:
+    """The same with caches in float64."""
+
+    def layer(spec: CacheLayerSpec) -> CacheLayerSpec:
+        state = tuple(replace(part, dtype="float64") for part in spec.state)
+        return replace(spec, dtype="float64", state=state)
+
+    return replace(world, layers=tuple(layer(spec) for spec in world.layers))
+
+
+def in_dtype(world: World, dtype: str) -> World:
+    """The same with caches in a compute dtype; recurrent states stay in float32."""
+    if dtype == "float32":
+        return world
+
+    def layer(spec: CacheLayerSpec) -> CacheLayerSpec:
+        parts = tuple(p if p.name == "scan" else replace(p, dtype=dtype) for p in spec.state)
+        return replace(spec, dtype=dtype, state=parts)
+
+    return replace(world, layers=tuple(layer(spec) for spec in world.layers))
+
+
+def expected(case: Case, world: World, schedule: str) -> Array:
+    """What the oracle gives in float64: [num_tokens, V]."""
+    bench = Bench(oracle(), "float64", widened(world), case.inputs, case.fn, exact=True)
+    return bench.run(getattr(world, schedule)())
+
+
+def bench_of(context: Context, case: Case, world: World) -> Bench:
+    """The backend under test with a case's inputs."""
+    return Bench(context.subject, context.dtype, in_dtype(world, context.dtype), case.inputs, case.fn)
+
+
+def checks(spec: BackendSpec) -> Iterator[Check]:
+    """See `conformance.catalogue`."""
+    for case in (*plain.cases(), *cached.cases(), *fused.cases()):
+        for schedule in case.schedules:
+            yield _check(case, schedule, "rule-a", _rule_a(case, schedule))
+        if case.world.layers:
+            for poison in POISONS:
+                yield _check(case, case.schedules[-1], f"poison-{poison}", _poisoned(case, poison))
+        if case.composite is not None:
+            yield _check(case, case.schedules[-1], "composite", _composite(case))
+
+
+def _check(case: Case, schedule: str, what: str, run: Callable[[Context], None]) -> Check:
+    about = {
+        "rule-a": "every element within the theoretical bound of the float64 reference, from the same inputs",
+        "composite": "the fused op agrees with the composite of plain ops that defines it",
+    }.get(what, "no result depends on memory that no live token of the row owns")
+    profile = "moe" if case.op in ("route", "experts") else "dense"
+    if case.op in ("short_conv", "state_scan"):
+        profile = "state"
+    if "latent" in case.op:
+        profile = "latent"
+    return Check(
+        id=f"L2/{case.op}/{case.name}-{schedule}-{what}",
+        run=run,
+        about=f"{case.op}, {case.name}, tokens given {schedule}: {about}",
+        supported=case.supported,
+        profile=profile,
+        is_waivable=not what.startswith("poison"),
+    )
+
+
+def _rule_a(case: Case, schedule: str) -> Callable[[Context], None]:
+    def run(context: Context) -> None:
+        world = case.world.fitted(context.spec)
+        found = bench_of(context, case, world).run(getattr(world, schedule)())
+        bound = case.exact(context.precision).error
+        context.within(found, expected(case, world, schedule), bound, case.op)
+
+    return run
+
+
+def _poisoned(case: Case, poison: str) -> Callable[[Context], None]:
+    def run(context: Context) -> None:
+        world, schedule = case.world.fitted(context.spec), case.schedules[-1]
+        bench = bench_of(context, case, world)
+        for layer in range(len(world.layers)):
+            group = world.plan.groups[world.plan.group_of[layer]]
+            every = list(range(group.num_blocks))
+            parts = bench.allocator.export_blocks(bench.state, layer, every).get()
+            values = tuple(np.full_like(part, POISONS[poison]) for part in parts)
+            bench.state = bench.allocator.import_blocks(bench.state, layer, every, values)
+        found = bench.run(getattr(world, schedule)())
+        bound = case.exact(context.precision).error
+        context.within(found, expected(case, world, schedule), bound, f"{case.op} in poisoned memory")
+
+    return run
+
+
+def _composite(case: Case) -> Callable[[Context], None]:
+    def run(context: Context) -> None:
+        world = case.world.fitted(context.spec)
+        bench = bench_of(context, case, world)
+        if case.op in inherited_ops(bench.ops):
+            context.record("inherited", "yes")
+            return
+        steps = getattr(world, case.schedules[-1])()
+        own = bench.run(steps)
+        assert case.composite is not None
+        plain_case = replace(case, fn=case.composite)
+        composite = bench_of(context, plain_case, world).run(steps)
+        # Each may be off by the bound.
+        context.within(own, composite, 2 * np.asarray(case.exact(context.precision).error), case.op)
+
+    return run

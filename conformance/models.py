@@ -1,0 +1,77 @@
+"""Logits of a tiny model on any backend, teacher-forced, through the hooks alone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from conformance.bench import Array, Bench, Input
+from conformance.families import write_folder
+from conformance.subject import Subject
+from conformance.world import Row, World
+from core.contract.batch import StepBatch
+from core.contract.spec import BatchRules
+from core.contract.types import PackRequest
+from core.models import definition
+from core.weights.dummy import dummy_checkpoint
+from core.weights.loader import load_model
+
+SHORT = 15
+
+
+@dataclass(frozen=True)
+class TokenWorld(World):
+    """A world whose sequences hold these token ids, one after the other."""
+
+    ids: tuple[int, ...] = ()
+
+    def batch(
+        self, rows: Sequence[Row], rules: BatchRules, *, step_id: int = 0, read: int | None = None
+    ) -> StepBatch:
+        """As `World.batch`, with `ids` in place of the running numbers."""
+        batch = super().batch(rows, rules, step_id=step_id, read=read)
+        token_ids = batch.layout.views(batch.flat)["token_ids"][: batch.num_tokens]
+        token_ids[:] = np.asarray(self.ids, np.int32)[token_ids]
+        return batch
+
+
+@cache
+def folder_of(family: str) -> Path:
+    """The family's folder, written once per process."""
+    return write_folder(family, Path(tempfile.mkdtemp(prefix="core-conformance-")) / family)
+
+
+def model_logits(
+    subject: Subject, family: str, ids: npt.NDArray[Any], dtype: str, seed: int, *, exact: bool = False
+) -> Array:
+    """Logits after every token of `ids` [T], then after each of its first `SHORT`, which are a sequence of
+    their own: float64 [T + SHORT, V].
+    """
+    checkpoint = dummy_checkpoint(folder_of(family), seed)
+    hf = checkpoint.config()
+    model = definition(hf)
+    config = model.adapt(model.config(hf), checkpoint.names())
+    inputs: dict[str, Input] = {}
+
+    def keep(request: PackRequest) -> None:
+        inputs[f"{len(inputs)} {request.name}"] = Input(request.array, request.uses)
+
+    loaded = load_model(model, config, checkpoint, keep, dtype=dtype, max_length=256)
+
+    def fn(ops: Any, weights: Any, caches: Any, step: Any) -> Any:
+        return loaded.fn(ops, tuple(weights.values()), caches, step)
+
+    world = TokenWorld(
+        lengths=(len(ids), SHORT),
+        layers=model.cache_layers(loaded.config, dtype),
+        ids=(*map(int, ids), *map(int, ids[:SHORT])),
+    ).fitted(subject.spec)
+    bench = Bench(subject, dtype, world, inputs, fn, exact=exact)
+    return bench.run(world.mixed()).astype(np.float64)

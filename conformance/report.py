@@ -1,0 +1,378 @@
+"""A run's report: what was tested, on what, with what outcome; as JSON, JUnit, Markdown and a badge."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from conformance import SUITE
+from conformance.catalogue import LEVELS
+from conformance.check import Check, Result
+from conformance.status import EMPTY, EXIT_MEANING, Status, exit_code
+from conformance.subject import Subject
+from core.contract import CONTRACT
+from core.contract.errors import ConfigError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is written down of a run. Hashes are SHA-256 in hex.
+
+    Attributes:
+        suite: version, contract and hash of the list of checks. backend: name, version of its distribution,
+            provider of kernels, hash of its spec, and the spec.
+        environment: machine, driver, versions. run: what was asked for.
+        results: in the order of the checks.
+    """
+
+    suite: Mapping[str, Any]
+    backend: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    run: Mapping[str, Any]
+    results: tuple[Result, ...]
+    schema: int = SCHEMA
+    waivers: tuple[Mapping[str, Any], ...] = field(default=())
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Results by status."""
+        return Counter(result.status for result in self.results)
+
+    @property
+    def exit_code(self) -> int:
+        """What the run ends with."""
+        return exit_code([Status(result.status) for result in self.results])
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        meaning = EXIT_MEANING[self.exit_code]
+        counts = ", ".join(f"{n} {status}" for status, n in sorted(self.counts.items()))
+        return f"{self.backend['name']}, {self.run['levels_text']}: {meaning} ({counts or 'no checks'})"
+
+    def by_level(self) -> dict[int, Counter[str]]:
+        """Statuses of each level that was asked for; empty where it has no case."""
+        found: dict[int, Counter[str]] = {level: Counter() for level in self.run["levels"]}
+        for result in self.results:
+            found.setdefault(int(result.id[1]), Counter())[result.status] += 1
+        return found
+
+
+def digest(value: object) -> str:
+    """Hash of a value's JSON, keys sorted."""
+    return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def suite_facts(checks: Iterable[Check]) -> dict[str, Any]:
+    """The suite's own version, and the checks that it has for this backend."""
+    return {
+        "version": SUITE,
+        "contract": list(CONTRACT),
+        "checks_sha256": digest(sorted(check.id for check in checks)),
+    }
+
+
+def backend_facts(subject: Subject) -> dict[str, Any]:
+    """The backend under test."""
+    spec = asdict(subject.spec)
+    return {
+        "name": subject.spec.name,
+        "target": subject.target.backend,
+        "summary": subject.spec.summary,
+        "version": _distribution_of(subject),
+        "spec_sha256": digest(spec),
+        "spec": spec,
+    }
+
+
+def _distribution_of(subject: Subject) -> str:
+    package = subject.place.partition(":")[0]
+    for found in distributions():
+        points = found.entry_points.select(group="core.backends")
+        if any(point.value.partition(":")[0] == package for point in points):
+            return f"{found.metadata['Name']} {found.version}"
+    return ""
+
+
+def environment_facts(subject: Subject) -> dict[str, Any]:
+    """The machine, the device, and the versions of what computes."""
+    info = subject.info
+    packages = {}
+    for name in ("core", "numpy", "ml_dtypes", "torch", "jax", "jaxlib", "triton"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "device": info.name,
+        "device_index": info.index,
+        "driver": info.driver,
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "commit": os.environ.get("CORE_COMMIT", ""),
+    }
+
+
+def run_facts(
+    levels: Sequence[int], seed: int, shard: tuple[int, int], subject: Subject, quick: bool, start: datetime
+) -> dict[str, Any]:
+    """What was asked for."""
+    return {
+        "levels": list(levels),
+        "levels_text": levels_text(levels),
+        "seed": f"{seed:016x}",
+        "dtype": subject.target.dtype,
+        "device": subject.target.index,
+        "options": dict(subject.target.options),
+        "fault": subject.target.fault,
+        "quick": quick,
+        "shard": list(shard),
+        "start": start.isoformat(timespec="seconds"),
+        "end": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["core", *sys.argv[1:]]),
+    }
+
+
+def levels_text(levels: Sequence[int]) -> str:
+    """ "L0..L5", or a list."""
+    if len(levels) > 1 and list(levels) == list(range(levels[0], levels[-1] + 1)):
+        return f"L{levels[0]}..L{levels[-1]}"
+    return ",".join(f"L{level}" for level in levels)
+
+
+# Reading and writing
+
+
+def to_json(report: Report) -> str:
+    """The report as text; `from_json` reads it."""
+    found = asdict(report)
+    found["summary"] = {
+        "counts": dict(sorted(report.counts.items())),
+        "exit_code": report.exit_code,
+        "verdict": report.verdict,
+    }
+    found["sha256"] = digest(found)
+    return json.dumps(found, indent=1, sort_keys=True, default=str)
+
+
+def from_json(text: str, source: str) -> Report:
+    """Read a report and hold it against its hash and its own statuses.
+
+    Raises:
+        ConfigError: it is no report, of another schema, or was changed.
+    """
+    try:
+        found = json.loads(text)
+        claimed = found.pop("sha256")
+        if found["schema"] != SCHEMA:
+            raise ConfigError(
+                f"{source} has schema {found['schema']}, but this suite reads {SCHEMA}; run it again"
+            )
+        if digest(found) != claimed:
+            raise ConfigError(
+                f"{source} was changed after it was written: its hash does not fit; run it again"
+            )
+        summary = found.pop("summary")
+        results = tuple(Result(**result) for result in found.pop("results"))
+        report = Report(results=results, **{**found, "waivers": tuple(found["waivers"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{source} is no conformance report ({type(error).__name__}: {error})") from None
+    if summary["exit_code"] != report.exit_code:
+        raise ConfigError(
+            f"{source} says exit code {summary['exit_code']}, its results say {report.exit_code}"
+        )
+    return report
+
+
+def validate(text: str, source: str) -> None:
+    """Hold a report against the schema of its form.
+
+    Raises:
+        ConfigError: it does not fit; names the place.
+    """
+    try:
+        import jsonschema
+    except ImportError:
+        raise ConfigError("verifying needs jsonschema; install core[conformance]") from None
+    schema = json.loads((Path(__file__).parent / "report.schema.json").read_text(encoding="utf-8"))
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except (ValueError, jsonschema.ValidationError) as error:
+        place = "/".join(map(str, getattr(error, "absolute_path", ())))
+        what = getattr(error, "message", error)
+        raise ConfigError(
+            f"{source} does not fit the schema of reports at {place or 'its top'}: {what}"
+        ) from None
+
+
+def merge(reports: Sequence[Report], sources: Sequence[str]) -> Report:
+    """One report of all shards of a run.
+
+    Raises:
+        ConfigError: they are not shards of one run, one is there twice, or one is missing.
+    """
+    first = reports[0]
+
+    def kind(report: Report) -> tuple[object, ...]:
+        run = {k: report.run[k] for k in ("levels", "seed", "dtype", "options", "fault", "quick")}
+        return digest(report.suite), report.backend["spec_sha256"], digest(run), report.run["shard"][1]
+
+    for report, source in zip(reports, sources, strict=True):
+        if kind(report) != kind(first):
+            raise ConfigError(
+                f"{source} and {sources[0]} are not shards of one run: suite, spec or options differ"
+            )
+    shards = [report.run["shard"][0] for report in reports]
+    count = first.run["shard"][1]
+    if sorted(shards) != list(range(1, count + 1)):
+        raise ConfigError(f"shards {sorted(shards)} of {count} were given; every one is wanted, once")
+    results: dict[str, Result] = {}
+    for report in reports:
+        for result in report.results:
+            old = results.get(result.id)
+            # Level 0 is in each shard; the worst that was seen counts.
+            if old is None or (Status(old.status).is_good and not Status(result.status).is_good):
+                results[result.id] = result
+    ordered = tuple(sorted(results.values(), key=lambda r: (int(r.id[1]), r.id)))
+    return replace(first, results=ordered, run={**first.run, "shard": [1, 1], "merged": count})
+
+
+def to_junit(report: Report) -> str:
+    """JUnit XML, a suite per level."""
+    root = ElementTree.Element("testsuites", name=f"conformance of {report.backend['name']}")
+    for level in report.by_level():
+        own = [r for r in report.results if int(r.id[1]) == level]
+        bad = [r for r in own if not Status(r.status).is_good]
+        skipped = [r for r in own if r.status == Status.NOT_SUPPORTED]
+        suite = ElementTree.SubElement(
+            root,
+            "testsuite",
+            name=f"L{level} {LEVELS[level]}",
+            tests=str(len(own)),
+            failures=str(len(bad)),
+            skipped=str(len(skipped)),
+            time=f"{sum(r.duration_s for r in own):.3f}",
+        )
+        for r in own:
+            case = ElementTree.SubElement(
+                suite,
+                "testcase",
+                classname=f"L{level}.{r.id.split('/')[1]}",
+                name=r.id,
+                time=f"{r.duration_s:.3f}",
+            )
+            properties = ElementTree.SubElement(case, "properties")
+            for name, value in {"status": r.status, "seed": f"{r.seed:016x}", **r.metrics}.items():
+                ElementTree.SubElement(properties, "property", name=name, value=str(value))
+            if not Status(r.status).is_good:
+                ElementTree.SubElement(
+                    case, "failure", message=_clean(r.message), type=r.status
+                ).text = _clean(r.log)
+            elif r.status == Status.NOT_SUPPORTED:
+                ElementTree.SubElement(case, "skipped", message=_clean(r.message))
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _clean(text: str) -> str:
+    """Without the characters that XML cannot hold."""
+    return "".join(c for c in text if c in "\t\n\r" or ord(c) >= 32)
+
+
+def to_markdown(report: Report) -> str:
+    """A page for people."""
+    b, e = report.backend, report.environment
+    lines = [
+        f"# Conformance of `{b['name']}`",
+        "",
+        f"{report.verdict}.",
+        "",
+        f"Suite {report.suite['version']}, contract {'.'.join(map(str, report.suite['contract']))}; "
+        f"{b['summary']} ({b['version'] or 'not installed as a distribution'}); {e['device']}, "
+        f"{e['platform']}, Python {e['python']}, "
+        + ", ".join(f"{name} {v}" for name, v in e["packages"].items())
+        + f"; {report.run['dtype']}, seed {report.run['seed']}"
+        + (f"; commit {e['commit']}" if e["commit"] else "")
+        + ".",
+        "",
+        "| level | pass | fail | not supported | other | worst ratio to rule A |",
+        "|---|---|---|---|---|---|",
+    ]
+    for level, counts in report.by_level().items():
+        if not counts:
+            lines.append(f"| L{level} {LEVELS[level]} | no case | | | | |")
+            continue
+        rest = sum(counts.values()) - sum(counts[s] for s in (Status.PASS, Status.FAIL, Status.NOT_SUPPORTED))
+        ratios = [
+            float(r.metrics["ratio_A"])
+            for r in report.results
+            if int(r.id[1]) == level and "ratio_A" in r.metrics
+        ]
+        worst = f"{max(ratios):.2f}" if ratios else ""
+        lines.append(
+            f"| L{level} {LEVELS[level]} | {counts[Status.PASS]} | {counts[Status.FAIL]} | "
+            f"{counts[Status.NOT_SUPPORTED]} | {rest} | {worst} |"
+        )
+    bad = [r for r in report.results if not Status(r.status).is_good]
+    if bad:
+        lines += ["", "## What is wrong", ""]
+        lines += [f"- `{r.id}` ({r.status}): {r.message}" for r in bad]
+    return "\n".join(lines) + "\n"
+
+
+def badge_text(report: Report) -> str:
+    """What a badge says: the highest level up to which every one passed."""
+    reached = -1
+    for level, counts in sorted(report.by_level().items()):
+        if level != reached + 1 or not counts[Status.PASS]:
+            break
+        if any(not Status(status).is_good for status in counts):
+            break
+        reached = level
+    grade = f"L{reached}" if reached >= 0 else "none"
+    waived = report.counts[Status.WAIVED]
+    return f"conformance {report.suite['version']} · {grade} · {report.run['dtype']} · {waived} waivers"
+
+
+def to_badge(report: Report) -> str:
+    """An SVG of `badge_text`."""
+    text = badge_text(report)
+    color = "#2e7d32" if report.exit_code in (0, EMPTY) and "none" not in text else "#b71c1c"
+    width = 7 * len(text) + 20
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="20" role="img" aria-label="{text}">'
+        f'<rect width="{width}" height="20" rx="3" fill="{color}"/>'
+        f'<text x="10" y="14" fill="#fff" font-family="Verdana,sans-serif" font-size="11">{text}</text>'
+        "</svg>\n"
+    )
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write report.json, junit.xml, report.md, report.html and badge.svg."""
+    from conformance.page import to_html
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in {
+        "report.json": to_json(report),
+        "junit.xml": to_junit(report),
+        "report.md": to_markdown(report),
+        "report.html": to_html(report),
+        "badge.svg": to_badge(report),
+    }.items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / name)

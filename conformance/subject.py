@@ -1,0 +1,148 @@
+"""The backend under test: its hooks, and one open device."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+from core.contract.errors import PluginError
+from core.contract.interfaces import Device
+from core.contract.requests import DeviceRequest, ProbeRequest
+from core.contract.spec import BackendSpec
+from core.contract.types import DeviceInfo, Unavailable
+from core.plugins import BackendHandle, Plugins
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the user asked to be tested; small enough to be sent to a worker.
+
+    Attributes:
+        backend: a backend's name, or "module:object" of a plugin that is not installed.
+        dtype: compute dtype. index: of the device. options: backend options.
+        fault: name of a planted fault and its severity, "" = none (`conformance.zoo`).
+    """
+
+    backend: str
+    dtype: str = "float32"
+    index: int = 0
+    options: Mapping[str, str] = field(default_factory=dict)
+    fault: str = ""
+
+
+class BackendMissing(PluginError):
+    """There is no such backend here, or it has no device."""
+
+
+class BackendRefused(PluginError):
+    """The backend is here, but core does not load it; says why."""
+
+
+class Subject:
+    """A backend and its device, opened when it is first needed."""
+
+    def __init__(self, target: Target, handle: BackendHandle) -> None:
+        self.target = target
+        self.handle = handle
+
+    @property
+    def plugin(self) -> Any:
+        """The object that has the hooks."""
+        return self.handle.plugins.plugin(self.handle.name)
+
+    @property
+    def place(self) -> str:
+        """Where the plugin is: "module:object"."""
+        plugin = self.plugin
+        if isinstance(plugin, ModuleType):
+            return f"{plugin.__name__}:"
+        if ":" in self.target.backend:
+            return self.target.backend
+        return self.handle.plugins.place(self.handle.name)
+
+    @classmethod
+    def of(cls, target: Target) -> Subject:
+        """Load the backend.
+
+        Raises:
+            BackendMissing, BackendRefused: as these say.
+        """
+        plugins = Plugins(disabled=frozenset())
+        name = target.backend
+        if target.fault:
+            from conformance.zoo.plant import planted
+
+            return cls(target, plugins.register_backend(planted(target.fault), name))
+        if ":" not in name:
+            plugins.load()
+            try:
+                return cls(target, plugins.backend(name))
+            except PluginError as error:
+                is_here = any(failure.name == name for failure in plugins.failures)
+                raise (BackendRefused if is_here else BackendMissing)(str(error)) from error
+        plugin = _import(name)
+        try:
+            own = _own_name(plugin) or name.partition(":")[0].rpartition(".")[2]
+            return cls(target, plugins.register_backend(plugin, own))
+        except PluginError as error:
+            raise BackendRefused(str(error)) from error
+
+    @property
+    def spec(self) -> BackendSpec:
+        """What the backend declares."""
+        return self.handle.spec
+
+    @cached_property
+    def info(self) -> DeviceInfo:
+        """The device under test, as the probe gives it.
+
+        Raises:
+            BackendMissing: there is no such device.
+        """
+        found = self.handle.probe(ProbeRequest())
+        if isinstance(found, Unavailable):
+            raise BackendMissing(f"backend {self.spec.name!r} has no device: {found.reason}")
+        if self.target.index >= len(found):
+            raise BackendMissing(
+                f"backend {self.spec.name!r} has {len(found)} devices, none of index {self.target.index}"
+            )
+        return found[self.target.index]
+
+    @cached_property
+    def device(self) -> Device:
+        """The open device; one for all tests of a worker."""
+        return self.handle.open_device(DeviceRequest(index=self.target.index, options=self.target.options))
+
+    def open(self) -> Device:
+        """The device opened once more, for a test that closes it."""
+        return self.handle.open_device(DeviceRequest(index=self.target.index, options=self.target.options))
+
+
+def _import(place: str) -> object:
+    module, _, attribute = place.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in filter(None, attribute.split(".")):
+            found = getattr(found, part)
+    except Exception as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?")
+        raise (BackendMissing if is_missing else BackendRefused)(
+            f"{place!r} cannot be imported ({type(error).__name__}: {error}); give MODULE:OBJECT, or MODULE: "
+            "where the module itself has the hooks"
+        ) from error
+    return found
+
+
+def _own_name(plugin: Any) -> str:
+    from core.contract import CONTRACT
+    from core.contract.requests import SpecRequest
+
+    try:
+        return str(plugin.core_backend_spec(SpecRequest(contract=CONTRACT)).name)
+    except Exception:
+        # `register_backend` tells what is wrong with it.
+        return ""

@@ -1,0 +1,79 @@
+"""The reference backend once more, under another name and with its text changed: the subject of every fault.
+
+The oracle stays as it is, since the clone's modules are modules of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import spec_from_loader
+from pathlib import Path
+from types import ModuleType
+
+import backends.cpu_reference
+from core.contract.errors import ConfigError
+
+ORIGINAL = "backends.cpu_reference"
+ROOT = Path(backends.cpu_reference.__file__ or "").parent
+Edit = tuple[str, str, str]
+"""A module of the backend, a text that it has once, and what is put in its place."""
+
+
+def sources() -> dict[str, str]:
+    """Texts of the backend's modules by name."""
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
+
+
+def edited(texts: dict[str, str], edits: Sequence[Edit]) -> dict[str, str]:
+    """The texts with edits.
+
+    Raises:
+        ConfigError: a text to be replaced is not there exactly once: the backend has changed.
+    """
+    found = dict(texts)
+    for module, old, new in edits:
+        count = found[module].count(old)
+        if count != 1:
+            raise ConfigError(
+                f"{module}.py has {old!r} {count} times, once is wanted; follow the backend's text"
+            )
+        found[module] = found[module].replace(old, new)
+    return found
+
+
+def load(texts: dict[str, str], name: str) -> ModuleType:
+    """Import the texts as package `name`; its module `plugin`."""
+    package = ModuleType(name)
+    package.__path__ = []
+    sys.modules[name] = package
+
+    class Loader:
+        def __init__(self, text: str, origin: str) -> None:
+            self._text, self._origin = text, origin
+
+        def create_module(self, spec: object) -> None:
+            return None
+
+        def exec_module(self, module: ModuleType) -> None:
+            exec(compile(self._text, self._origin, "exec"), module.__dict__)
+
+    class Finder:
+        def find_spec(self, full: str, path: object = None, target: object = None) -> object:
+            parent, _, stem = full.rpartition(".")
+            if parent != name or stem not in texts:
+                return None
+            text = texts[stem].replace(ORIGINAL, name)
+            return spec_from_loader(full, Loader(text, f"<{full}>"))  # type: ignore[arg-type]
+
+    finder = Finder()
+    sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
+    try:
+        for stem in texts:
+            if stem != "__init__":
+                import_module(f"{name}.{stem}")
+                setattr(package, stem, sys.modules[f"{name}.{stem}"])
+    finally:
+        sys.meta_path.remove(finder)  # type: ignore[arg-type]
+    return sys.modules[f"{name}.plugin"]

@@ -1,0 +1,54 @@
+"""The faults: each a change of a few words in the reference backend's text, and the tests that must find it.
+
+They are kept in `faults.toml`, whose head says what each field means.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conformance.zoo.clone import Edit
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planted fault.
+
+    Attributes:
+        number: in the catalogue. name: unique. what: in words.
+        caught_by: a regular expression that the id of a test which finds it must contain.
+        edits: `{s}` in a new text is the severity.
+        severities: from coarse to fine; () = the fault has no degree.
+    """
+
+    number: int
+    name: str
+    what: str
+    caught_by: str
+    edits: tuple[Edit, ...]
+    severities: tuple[str, ...] = ()
+
+
+def _read() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("faults.toml").read_text(encoding="utf-8"))
+
+
+def _fault(entry: dict[str, Any]) -> Fault:
+    edits = tuple((edit["module"], edit["old"], edit["new"]) for edit in entry["edit"])
+    return Fault(
+        entry["number"],
+        entry["name"],
+        entry["what"],
+        entry["caught_by"],
+        edits,
+        tuple(entry.get("severities", ())),
+    )
+
+
+_TABLE = _read()
+FAULTS = tuple(_fault(entry) for entry in _TABLE["fault"])
+NO_SUBJECT = {int(number): what for number, what in _TABLE["no_subject"].items()}
+"""Faults of the catalogue whose subject is not here (yet), and what it would be."""

@@ -1,0 +1,314 @@
+"""Runs of the suite: what becomes of each check, what is written, and what the exit status says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from conformance import report as reports
+from conformance.catalogue import catalogue, in_shard, parse_levels, parse_shard, select
+from conformance.check import Check, Result, check_seed, has
+from conformance.cli import app
+from conformance.report import Report, from_json, merge, to_json, validate
+from conformance.runner import run_all
+from conformance.session import Request, Session
+from conformance.status import Status, exit_code
+from conformance.subject import BackendMissing, BackendRefused, Subject, Target
+from conformance.waivers import apply, read_waivers
+from conformance.worker import Setup
+from core.contract.errors import ConfigError
+from tests.conformance import bad_checks
+
+MODULE = "tests.conformance.bad_checks"
+TARGET = Target("cpu_reference")
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return Subject.of(TARGET)
+
+
+@pytest.fixture(scope="module")
+def ended(subject: Subject) -> dict[str, Result]:
+    """What became of the bad checks, in two workers."""
+    checks = [c for c in bad_checks.checks(subject.spec) if not c.needs]
+    found: list[Result] = []
+    run_all(checks, Setup(TARGET, 5, (MODULE,)), found.append, jobs=2)
+    return {result.id: result for result in found}
+
+
+@pytest.mark.parametrize("name", bad_checks.ENDS)
+def test_a_check_costs_itself_alone(name: str, ended: dict[str, Result]) -> None:
+    result = ended[f"L7/ends/{name}"]
+    assert result.status == bad_checks.ENDS[name][1]
+    assert result.seed == check_seed(5, f"L7/ends/{name}")
+
+
+def test_what_is_known_of_an_end_is_kept(ended: dict[str, Result]) -> None:
+    assert ended["L7/ends/bad"].message == "found 1, wanted 2"
+    assert (
+        "KeyError" in ended["L7/ends/surprising"].message and "Traceback" in ended["L7/ends/surprising"].log
+    )
+    assert "exit status 17" in ended["L7/ends/crashing"].message
+    assert "signal 11" in ended["L7/ends/killed"].message
+    assert "2 s" in ended["L7/ends/hanging"].message
+    assert ended["L7/ends/good"].metrics == {"figure": 3}
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        ([Status.PASS, Status.NOT_SUPPORTED], 0),
+        ([Status.PASS, Status.WAIVED, Status.QUALITY_WARNING], 0),
+        ([Status.PASS, Status.FAIL, Status.CRASH], 1),
+        ([Status.PASS, Status.XPASS], 4),
+        ([Status.NOT_SUPPORTED], 5),
+        ([], 5),
+        ([Status.PASS, Status.TIMEOUT, Status.XPASS], 6),
+        ([Status.PASS, Status.NOT_RUN], 6),
+        ([Status.PASS, Status.BLOCKED], 6),
+    ],
+)
+def test_the_exit_status_is_that_of_the_worst(statuses: list[Status], code: int) -> None:
+    assert exit_code(statuses) == code
+
+
+def test_levels_and_shards_are_read_or_refused() -> None:
+    assert parse_levels("L0..L2,L5") == (0, 1, 2, 5) and parse_shard("3/8") == (3, 8)
+    for text in ("L8", "0..2", "L3..L1", ""):
+        with pytest.raises(ConfigError, match="level"):
+            parse_levels(text)
+    for text in ("0/2", "3/2", "x", "1"):
+        with pytest.raises(ConfigError, match="shard"):
+            parse_shard(text)
+
+
+def test_shards_share_the_checks_and_each_has_level_0(subject: Subject) -> None:
+    checks = catalogue(subject.spec, TARGET, 1)
+    shards = [{c.id for c in select(checks, (0, 1, 2), shard=(i, 3))} for i in (1, 2, 3)]
+    first = {c.id for c in checks if c.level == 0}
+    assert all(first <= shard for shard in shards)
+    rest = [shard - first for shard in shards]
+    assert sum(map(len, rest)) == len(set.union(*rest)) and min(map(len, rest)) > 50
+    assert in_shard("L2/x/y", (1, 1))
+
+
+def test_an_id_must_be_well_formed_and_unique(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("L2/only", "L9/a/b"):
+        monkeypatch.setattr(bad_checks, "checks", lambda spec, i=wrong: [Check(i, bad_checks.good, "")])
+        with pytest.raises(ConfigError, match="malformed"):
+            catalogue(subject.spec, TARGET, 1, (MODULE,))
+    twice = [Check("L7/a/b", bad_checks.good, "")] * 2
+    monkeypatch.setattr(bad_checks, "checks", lambda spec: twice)
+    with pytest.raises(ConfigError, match="two checks"):
+        catalogue(subject.spec, TARGET, 1, (MODULE,))
+
+
+def test_features_are_paths_and_values(subject: Subject) -> None:
+    spec = subject.spec
+    assert has(spec, "attention.window") and has(spec, "dtypes:float64") and has(spec, "shapes.kind:dynamic")
+    assert not has(spec, "device_sampler") and not has(spec, "dtypes:bfloat16")
+    assert has(spec, "attention.head_sizes:57"), "an empty tuple means any"
+
+
+def run(subject: Subject, out: Path, **options: Any) -> Report:
+    request = Request(**{"levels": "L0", "seed": 3, "out": out, "is_shown": False, **options})
+    return Session(subject, request).run()
+
+
+def test_a_report_is_written_read_back_and_verified(subject: Subject, tmp_path: Path) -> None:
+    report = run(subject, tmp_path, only="registration")
+    text = (tmp_path / "report.json").read_text()
+    validate(text, "report.json")
+    again = from_json(text, "report.json")
+    assert again.results == report.results and again.exit_code == report.exit_code == 0
+    suites = ElementTree.fromstring((tmp_path / "junit.xml").read_text())
+    assert sum(int(s.attrib["tests"]) for s in suites) == len(report.results)
+    page = (tmp_path / "report.html").read_text()
+    assert "cpu_reference" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert "L0" in (tmp_path / "badge.svg").read_text()
+    assert "| L0 registration" in (tmp_path / "report.md").read_text()
+
+
+def test_a_report_that_was_changed_is_refused(subject: Subject, tmp_path: Path) -> None:
+    run(subject, tmp_path, only="registration/loads")
+    found = json.loads((tmp_path / "report.json").read_text())
+    found["results"][0]["status"] = "waived"
+    with pytest.raises(ConfigError, match="changed"):
+        from_json(json.dumps(found), "report.json")
+    with pytest.raises(ConfigError, match="no conformance report"):
+        from_json("{}", "x")
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "report.json")]).exit_code == 8
+
+
+def test_shards_merge_into_the_whole_and_strangers_do_not(subject: Subject, tmp_path: Path) -> None:
+    whole = run(subject, tmp_path / "w", levels="L0,L1")
+    parts = [run(subject, tmp_path / str(i), levels="L0,L1", shard=f"{i}/2") for i in (1, 2)]
+    merged = merge(parts, ["a", "b"])
+    assert {r.id for r in merged.results} == {r.id for r in whole.results}
+    with pytest.raises(ConfigError, match=r"shards \[1\] of 2"):
+        merge(parts[:1], ["a"])
+    with pytest.raises(ConfigError, match="shards"):
+        merge([parts[0], parts[0]], ["a", "a"])
+    other = run(subject, tmp_path / "o", levels="L0,L1", shard="2/2", seed=4)
+    with pytest.raises(ConfigError, match="not shards of one run"):
+        merge([parts[0], other], ["a", "o"])
+
+
+def test_a_run_goes_on_where_it_was_interrupted(subject: Subject, tmp_path: Path) -> None:
+    first = run(subject, tmp_path)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    (tmp_path / "results.jsonl").write_text("\n".join(lines[:5]) + '\n{"id": "L0/cut')
+    kept = {json.loads(line)["id"]: json.loads(line)["duration_s"] for line in lines[:5]}
+    again = run(subject, tmp_path, resume=True, seed=None)
+    assert {r.id for r in again.results} == {r.id for r in first.results} and again.exit_code == 0
+    assert all(r.duration_s == kept[r.id] for r in again.results if r.id in kept)
+    with pytest.raises(ConfigError, match="another seed"):
+        run(subject, tmp_path, resume=True, seed=9)
+
+
+def test_a_level_without_cases_passes_nothing(subject: Subject, tmp_path: Path) -> None:
+    report = run(subject, tmp_path, levels="L6")
+    assert report.exit_code == 5 and "no case" in (tmp_path / "report.md").read_text()
+
+
+def test_a_claimed_profile_must_be_supported_whole(tmp_path: Path) -> None:
+    subject = Subject.of(TARGET)
+    handle = replace(subject.handle, spec=replace(subject.spec, routed_experts=False))
+    lacking = Subject(TARGET, handle)
+    found = run(lacking, tmp_path / "a", levels="L2", only="L2/route/.*rule-a")
+    assert found.counts == {"not supported": len(found.results)} and found.exit_code == 5
+    claimed = run(lacking, tmp_path / "b", levels="L2", only="L2/route/.*rule-a", profiles=("moe",))
+    assert claimed.counts == {"fail": len(claimed.results)} and claimed.exit_code == 1
+
+
+WAIVER = """
+[[waiver]]
+test = "{test}"
+device = "*"
+driver = "*"
+issue = "https://example.org/1"
+reason = "rounding"
+impact = "none"
+owner = "someone"
+opened = {opened}
+expires = {expires}
+"""
+
+
+def waived(tmp_path: Path, subject: Subject, test: str, days: int = 10) -> list[Result]:
+    today = datetime.now(UTC).date()
+    file = tmp_path / "waivers.toml"
+    opened = today - timedelta(days=5)
+    file.write_text(WAIVER.format(test=test, opened=opened, expires=opened + timedelta(days=days)))
+    checks = list(bad_checks.checks(subject.spec))
+    results = [
+        Result("L7/ends/bad", "fail"),
+        Result("L7/ends/good", "pass"),
+        Result("L7/ends/never-waived", "fail"),
+    ]
+    found, _ = apply(read_waivers(file), results, checks, subject, "1.0")
+    return found
+
+
+def test_a_waiver_excuses_its_check(tmp_path: Path, subject: Subject) -> None:
+    found = {r.id: r for r in waived(tmp_path, subject, "L7/ends/bad")}
+    assert found["L7/ends/bad"].status == "waived" and found["L7/ends/bad"].waiver
+    assert found["L7/ends/never-waived"].status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("test", "days", "words"),
+    [
+        ("L7/ends/good", 10, "pass"),
+        ("L7/ends/absent", 10, "matches no check"),
+        ("L7/ends/never-waived", 10, "never be waived"),
+        ("L7/ends/bad", 2, "expired"),
+    ],
+)
+def test_a_waiver_that_is_not_right_fails_the_run(
+    test: str, days: int, words: str, tmp_path: Path, subject: Subject
+) -> None:
+    found = waived(tmp_path, subject, test, days)
+    problem = next(r for r in found if r.status == "unexpected pass")
+    assert words in problem.message
+    assert exit_code([Status(r.status) for r in found if r.id != "L7/ends/bad" and "never" not in r.id]) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("expires = ", "expired = "), "lacks expires"),
+        (('owner = "someone"', 'owner = ""'), "owner"),
+        (('test = "L7/ends/bad"', 'test = "L*/ends/bad"'), "one level and family"),
+        (("[[waiver]]", "[[waivers]]"), "waivers"),
+    ],
+)
+def test_a_waivers_file_is_checked_before_anything_runs(
+    change: tuple[str, str], words: str, tmp_path: Path
+) -> None:
+    today = datetime.now(UTC).date()
+    text = WAIVER.format(test="L7/ends/bad", opened=today, expires=today + timedelta(days=1))
+    (tmp_path / "w.toml").write_text(text.replace(*change))
+    with pytest.raises(ConfigError, match=words):
+        read_waivers(tmp_path / "w.toml")
+    long = WAIVER.format(test="L7/ends/bad", opened=today, expires=today + timedelta(days=91))
+    (tmp_path / "w.toml").write_text(long)
+    with pytest.raises(ConfigError, match="91 days"):
+        read_waivers(tmp_path / "w.toml")
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [
+        ("no-such-backend", BackendMissing),
+        ("no_such_module:plugin", BackendMissing),
+        ("newer_contract", BackendRefused),
+        ("broken_import", BackendRefused),
+        ("core_test_plugins.refused:nothing", BackendRefused),
+    ],
+)
+def test_a_backend_that_is_not_there_is_told_from_one_that_is_refused(
+    backend: str, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind):
+        Subject.of(Target(backend))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run", "--backend", "no-such-backend"], 3, "no backend is named"),
+        (["run", "--backend", "newer_contract"], 1, "was built for contract"),
+        (["run", "--backend", "cpu_reference", "--level", "L9"], 2, "level 'L9'"),
+        (["run", "--backend", "cpu_reference", "--dtype", "int3"], 2, "dtype is 'int3'"),
+        (["run", "--backend", "cpu_reference", "--seed", "zz"], 2, "--seed"),
+        (["run", "--backend", "cpu_reference", "--profile", "other"], 2, "profile 'other'"),
+        (["explain", "L1/blocks/copies-pagd"], 2, "nearest is L1/blocks/copies-paged"),
+        (["merge", "absent.json", "--out", "x"], 8, "absent.json"),
+    ],
+)
+def test_what_the_command_line_refuses(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+    if arguments[0] == "run":
+        arguments = [*arguments, "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == code and words in done.output
+
+
+def test_a_failing_check_is_repeated_from_its_report(tmp_path: Path) -> None:
+    faulty = Subject.of(Target("cpu_reference", fault="seed-ignored:"))
+    report = run(faulty, tmp_path, levels="L2", only="sampling/keyed-by-seed")
+    assert report.exit_code == 1
+    done = CliRunner().invoke(app, ["repro", str(tmp_path / "report.json"), "L2/sampling/keyed-by-seed"])
+    assert done.exit_code == 1 and "fail: " in done.output
+    assert reports.badge_text(report).startswith("conformance")
+    assert "keyed-by-seed" in (tmp_path / "report.html").read_text()
+    assert to_json(report)

@@ -52,23 +52,26 @@ class Case:
 
 def exactly(x: Array) -> Array:
     """Rounded to what the dtype under test holds exactly, in float64: nobody is charged for it."""
-    return x.astype(np.dtype(_run_dtype)).astype(np.float64)
+    return x.astype(np.dtype(_Run.dtype)).astype(np.float64)
 
 
-_run_seed, _run_dtype = 0, "float32"
+class _Run:
+    """What a worker's one run fixes for all cases."""
+
+    seed = 0
+    dtype = "float32"
 
 
 def set_run(seed: int, dtype: str) -> None:
     """Seed of everything that `Draw` gives from now on, and the dtype that holds it exactly."""
-    global _run_seed, _run_dtype
-    _run_seed, _run_dtype = seed, dtype
+    _Run.seed, _Run.dtype = seed, dtype
 
 
 class Draw:
     """Random inputs that the dtype under test holds exactly."""
 
     def __init__(self, seed: int) -> None:
-        self._rng = np.random.default_rng([_run_seed, seed])
+        self._rng = np.random.default_rng([_Run.seed, seed])
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Array:
         return exactly(scale * self._rng.normal(size=shape))

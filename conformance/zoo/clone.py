@@ -7,23 +7,33 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
-import backends.cpu_reference
 from core.contract.errors import ConfigError
+from core.plugins import Plugins
 
-ORIGINAL = "backends.cpu_reference"
-ROOT = Path(backends.cpu_reference.__file__ or "").parent
+BASE = "cpu_reference"
+"""The backend that faults are planted in."""
 Edit = tuple[str, str, str]
 """A module of the backend, a text that it has once, and what is put in its place."""
 
 
+@cache
+def original() -> str:
+    """The backend's package."""
+    plugins = Plugins(disabled=frozenset())
+    plugins.load()
+    return plugins.place(BASE).partition(":")[0].rpartition(".")[0]
+
+
 def sources() -> dict[str, str]:
     """Texts of the backend's modules by name."""
-    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
+    root = Path(import_module(original()).__file__ or "").parent
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(root.glob("*.py"))}
 
 
 def edited(texts: dict[str, str], edits: Sequence[Edit]) -> dict[str, str]:
@@ -64,7 +74,7 @@ def load(texts: dict[str, str], name: str) -> ModuleType:
             parent, _, stem = full.rpartition(".")
             if parent != name or stem not in texts:
                 return None
-            text = texts[stem].replace(ORIGINAL, name)
+            text = texts[stem].replace(original(), name)
             return spec_from_loader(full, Loader(text, f"<{full}>"))  # type: ignore[arg-type]
 
     finder = Finder()

@@ -14,12 +14,12 @@ from conformance.runner import Worker, WorkerLost
 from conformance.status import Status
 from conformance.subject import Subject, Target
 from conformance.worker import Setup
+from conformance.zoo.clone import BASE
 from conformance.zoo.faults import FAULTS, Fault
 
 FAULT_S = 10.0
 """Time in which a fault must be found."""
 _HANG_S = 5.0
-BASE = "cpu_reference"
 
 
 @dataclass(frozen=True)

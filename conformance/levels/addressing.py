@@ -20,7 +20,7 @@ from conformance.opcases import cached
 from conformance.opcases.base import Draw, activations, constant_use, product_use, table
 from conformance.opcases.cached import attention_spec, layer_of
 from conformance.world import Row, World
-from core.contract.opspecs import AttentionSpec, Rope, RopeSpec
+from core.contract.opspecs import AttentionSpec, Rope, RopeSpec, RouteSpec
 from core.contract.spec import BackendSpec
 
 GAP = 300.0
@@ -322,6 +322,58 @@ def checkpoints(context: Context, offset: int) -> None:
         context.within(row, wanted[t], error[t], f"the token at position {position}")
 
 
+def underflow(context: Context) -> None:
+    """Router logits so low that every score is 0: weights are 0 or equal, and finite."""
+    spec = RouteSpec(num_experts=8, top_k=3, scoring="sigmoid")
+    world = World((5,)).fitted(context.spec)
+
+    def fn(ops: Any, w: Any, caches: Any, step: Any) -> Any:
+        (logits,) = activations(ops, w, step, [slice(None)])
+        _, weights = ops.route(logits, spec)
+        return weights, caches
+
+    inputs = {"x": table(np.full((5, 8), -3e4))[0]}
+    found = Bench(context.subject, context.dtype, world, inputs, fn).run(world.whole())
+    context.require(bool(np.isfinite(found).all()), f"weights of scores that underflow are {found[0]}")
+
+
+def many_experts(context: Context) -> None:
+    """Eight of 128 experts, the best ones, in order."""
+    rows, E, k = 13, 128, 8
+    spec = RouteSpec(num_experts=E, top_k=k)
+    world = World((rows,)).fitted(context.spec)
+    logits = np.stack([context.rng().permutation(E) for _ in range(rows)]).astype(float) / 8
+
+    def fn(ops: Any, w: Any, caches: Any, step: Any) -> Any:
+        (given,) = activations(ops, w, step, [slice(None)])
+        ids, weights = ops.route(given, spec)
+        return weights * 0 + ids, caches
+
+    found = Bench(context.subject, context.dtype, world, {"x": table(logits)[0]}, fn).run(world.whole())
+    context.equal(found, np.argsort(-logits, 1)[:, :k], "the chosen experts")
+
+
+def company(context: Context) -> None:
+    """A row's bits do not depend on how many rows are beside it, where the backend says so."""
+    D, width, rows = 300, 40, 37
+    draw = Draw(31)
+    x, w = draw(rows, D), draw.weight(width, D)
+
+    def run(x: Array) -> Array:
+        world = World((len(x),)).fitted(context.spec)
+
+        def fn(ops: Any, weights: Any, caches: Any, step: Any) -> Any:
+            (given,) = activations(ops, weights, step, [slice(None)])
+            return ops.linear(given, weights["w"], None, wide=True), caches
+
+        inputs = {"x": table(x)[0], "w": product_use(w)}
+        return Bench(context.subject, context.dtype, world, inputs, fn).run(world.whole())
+
+    together = run(x)
+    for count in (1, 2, 7, 16, 33):
+        context.equal(run(x[:count]), together[:count], f"the first {count} rows without the others")
+
+
 def checks(spec: BackendSpec) -> Iterator[Check]:
     """See `conformance.catalogue`."""
     windows: dict[str, Callable[[int], int] | None] = {
@@ -358,6 +410,16 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
     for sign, name in ((-1.0, "negative"), (1.0, "positive")):
         about = "scores of a large size leave weights finite and of sum 1"
         yield Check(f"L2/extremes/{name}", partial(extremes, sign=sign), about)
+    about = "routing weights of scores that underflow are finite"
+    yield Check("L2/extremes/routing", underflow, about, ("routed_experts",), profile="moe")
+    about = "the best eight of 128 experts are chosen"
+    yield Check("L2/route/many-experts", many_experts, about, ("routed_experts",), profile="moe")
+    yield Check(
+        "L2/metamorphic/company",
+        company,
+        "a row's bits do not depend on the rows beside it",
+        ("determinism:batch_invariant",),
+    )
     for what in ("nan", "inf", "huge"):
         about = "what is not finite in one sequence does not reach another"
         yield Check(f"L2/isolation/{what}", partial(isolated, what=what), about, is_waivable=False)

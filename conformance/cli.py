@@ -259,21 +259,19 @@ def zoo(
     out: Annotated[Path | None, typer.Option(help="JSON file of what became of each fault")] = None,
 ) -> None:
     """Plant every known fault in the reference backend, and see that a test of its family finds it."""
-    import json
-
     from conformance.catalogue import parse_shard
     from conformance.zoo.faults import FAULTS, NO_SUBJECT
-    from conformance.zoo.run import Catch, as_json, hunt_all
+    from conformance.zoo.run import Catch, hunt_all, read_results, write_results
 
     known = []
     try:
         if resume and out is not None and out.exists():
-            known = [Catch(**entry) for entry in json.loads(out.read_text(encoding="utf-8"))]
+            known = [Catch(**entry) for entry in read_results(out)]
         found = hunt_all(seeds, parse_shard(shard), only, known)
     except ConfigError as error:
         _end(USAGE, str(error))
     if out is not None:
-        out.write_text(json.dumps(as_json(found), indent=1) + "\n", encoding="utf-8")
+        write_results(out, found)
     missed = [catch for catch in found if not catch.by]
     numbers = {fault.number for fault in FAULTS}
     typer.echo(
@@ -283,3 +281,31 @@ def zoo(
     for catch in missed:
         typer.echo(f"MISSED {catch.fault} {catch.severity} (seed {catch.seed})")
     raise typer.Exit(FAILURES if missed else 0)
+
+
+@app.command()
+def alarms(
+    seeds: Annotated[int, typer.Option(min=1, help="seeds 0 to N - 1")] = 1,
+    level: Levels = "L1..L2",
+    backend: Annotated[list[str] | None, typer.Option(help="a clean backend; may be repeated")] = None,
+    shard: Annotated[str, typer.Option(help="i/n")] = "1/1",
+    resume: Annotated[bool, typer.Option(help="go on from --out")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file of what was found")] = None,
+) -> None:
+    """Run the checks against backends that are right: clean ones, and the reference under legal changes."""
+    from conformance.catalogue import parse_levels, parse_shard
+    from conformance.zoo.run import Alarms, all_alarms, read_results, write_results
+
+    known = []
+    try:
+        parse_levels(level)
+        if resume and out is not None and out.exists():
+            known = [Alarms(**{**entry, "alarms": tuple(entry["alarms"])}) for entry in read_results(out)]
+        found = all_alarms(backend or ["cpu_reference"], seeds, level, parse_shard(shard), known)
+    except ConfigError as error:
+        _end(USAGE, str(error))
+    if out is not None:
+        write_results(out, found)
+    false = sum(len(one.alarms) for one in found)
+    typer.echo(f"{false} false alarms in {sum(one.checks for one in found)} checks of {len(found)} runs")
+    raise typer.Exit(FAILURES if false else 0)

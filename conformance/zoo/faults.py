@@ -39,10 +39,10 @@ def _read() -> dict[str, Any]:
 def _fault(entry: dict[str, Any]) -> Fault:
     edits = tuple((edit["module"], edit["old"], edit["new"]) for edit in entry["edit"])
     return Fault(
-        entry["number"],
+        entry.get("number", 0),
         entry["name"],
         entry["what"],
-        entry["caught_by"],
+        entry.get("caught_by", ""),
         edits,
         tuple(entry.get("severities", ())),
     )
@@ -50,5 +50,7 @@ def _fault(entry: dict[str, Any]) -> Fault:
 
 _TABLE = _read()
 FAULTS = tuple(_fault(entry) for entry in _TABLE["fault"])
+LEGAL = tuple(_fault(entry) for entry in _TABLE["legal"])
+"""Changes that no check may mind; they have no number."""
 NO_SUBJECT = {int(number): what for number, what in _TABLE["no_subject"].items()}
 """Faults of the catalogue whose subject is not here (yet), and what it would be."""

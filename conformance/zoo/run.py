@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from conformance.catalogue import catalogue, lacking
+from conformance import SUITE
+from conformance.catalogue import catalogue, lacking, parse_levels, select
 from conformance.check import Check, Result
-from conformance.runner import Worker, WorkerLost
+from conformance.runner import Worker, WorkerLost, run_all
 from conformance.status import Status
 from conformance.subject import Subject, Target
 from conformance.worker import Setup
 from conformance.zoo.clone import BASE
-from conformance.zoo.faults import FAULTS, Fault
+from conformance.zoo.faults import FAULTS, LEGAL, Fault
+from core.contract.errors import ConfigError
 
 FAULT_S = 10.0
 """Time in which a fault must be found."""
@@ -86,8 +92,6 @@ def hunt(fault: Fault, severity: str, seed: int) -> Catch:
 
 
 def _in_time(check: Check) -> Check:
-    from dataclasses import replace
-
     return replace(check, timeout_s=min(check.timeout_s, _HANG_S))
 
 
@@ -115,6 +119,78 @@ def hunt_all(
     return found
 
 
-def as_json(catches: Sequence[Catch]) -> list[dict[str, object]]:
-    """For a report."""
-    return [asdict(catch) for catch in catches]
+@dataclass(frozen=True)
+class Alarms:
+    """A run of a backend that is right: how many checks it had, and which of them did not pass."""
+
+    backend: str
+    seed: int
+    levels: str
+    checks: int
+    alarms: tuple[str, ...]
+    seconds: float
+
+
+def alarms_of(target: Target, seed: int, levels: str, jobs: int) -> Alarms:
+    """Run the quick checks of some levels against a backend that is right."""
+    subject = Subject.of(target)
+    checks = [
+        check
+        for check in select(catalogue(subject.spec, target, seed), parse_levels(levels))
+        if not lacking(check, subject.spec) and check.supported(subject.spec)
+    ]
+    found: list[Result] = []
+    start = time.monotonic()
+    run_all(checks, Setup(target, seed), found.append, jobs)
+    bad = tuple(sorted(f"{r.id}: {r.message}" for r in found if not Status(r.status).is_good))
+    name = f"{target.backend}{f', {target.fault}'.rstrip(':') if target.fault else ''}"
+    return Alarms(name, seed, levels, len(found), bad, time.monotonic() - start)
+
+
+def all_alarms(
+    backends: Sequence[str],
+    seeds: int,
+    levels: str,
+    shard: tuple[int, int] = (1, 1),
+    known: Sequence[Alarms] = (),
+    jobs: int = 2,
+) -> list[Alarms]:
+    """Clean backends, and the reference under every legal change, over seeds. Shows each as it ends."""
+    targets = [Target(name) for name in backends] + [Target(BASE, fault=f"{v.name}:") for v in LEGAL]
+    done = {(a.backend, a.seed, a.levels): a for a in known}
+    found = []
+    for i, (seed, target) in enumerate((seed, target) for seed in range(seeds) for target in targets):
+        if i % shard[1] != shard[0] - 1:
+            continue
+        name = f"{target.backend}{f', {target.fault}'.rstrip(':') if target.fault else ''}"
+        one = done.get((name, seed, levels)) or alarms_of(target, seed, levels, jobs)
+        found.append(one)
+        text = f"{len(one.alarms)} alarms in {one.checks} checks, {one.seconds:.1f} s"
+        print(f"seed {seed:>2} {name:<40} {text}", flush=True)
+        for alarm in one.alarms:
+            print(f"  {alarm}", flush=True)
+    return found
+
+
+def write_results(path: Path, found: Sequence[Catch | Alarms]) -> None:
+    """Write what was found, with the commit that CORE_COMMIT names and the version of the suite."""
+    table = {
+        "commit": os.environ.get("CORE_COMMIT", ""),
+        "suite": SUITE,
+        "results": [asdict(one) for one in found],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Entries of such a file; it may be of another commit.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be resumed ({type(error).__name__}: {error}); delete it") from None
+    return found

@@ -127,7 +127,8 @@ def row_cases() -> Iterator[Case]:
         lambda apply, w, h, x, g: apply(h, g),
         lambda p: dense.add(Bounded(h), Bounded(g), p),
     )
-    for scale in (None, 4.9):
+    # A scale that every dtype holds: its own rounding is not the op's.
+    for scale in (None, 4.75):
         yield fused(
             "embed_step",
             f"embed_step-{scale}",

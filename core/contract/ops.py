@@ -242,7 +242,7 @@ class Ops:
 
     @_op("fused")
     def embed_step(self, w: Packed, step: Step, scale: float | None = None) -> Array:
-        """Hidden state of a step's input tokens: [T, D], times `scale`."""
+        """Hidden state of a step's input tokens: [T, D], times `scale`, which the compute dtype holds."""
         h = self.embed(w, self.select_tokens(step))
         return h if scale is None else h * scale
 

@@ -309,3 +309,23 @@ def alarms(
     false = sum(len(one.alarms) for one in found)
     typer.echo(f"{false} false alarms in {sum(one.checks for one in found)} checks of {len(found)} runs")
     raise typer.Exit(FAILURES if false else 0)
+
+
+def new_backend(
+    name: Annotated[str, typer.Argument(help="the value of backend=: lower case letters, digits and _")],
+    out: Annotated[Path | None, typer.Option(help="folder; core-backend-NAME where none is given")] = None,
+) -> None:
+    """Write a separate package for a backend of your own: green at level 0, and it says what comes next."""
+    from conformance.kit.new_backend import write_backend
+
+    folder = out or Path(f"core-backend-{name}")
+    try:
+        written = write_backend(name, folder)
+    except ConfigError as error:
+        _end(USAGE, str(error))
+    for path in written:
+        typer.echo(path)
+    typer.echo(
+        f"next: cd {folder}; pip install -e '.[conformance]'; "
+        f"core conformance run --backend {name} --level L0"
+    )

@@ -1,4 +1,4 @@
-"""The add-on that puts `conformance` among the commands of `core`."""
+"""The add-on that puts `conformance` and `new-backend` among the commands of `core`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from core.contract.requests import CliRequest
 @hookimpl
 def core_cli(request: CliRequest) -> None:
     """See `core.contract.hookspecs`."""
-    from conformance.cli import app
+    from conformance.cli import app, new_backend
 
     request.app.add_typer(app, name="conformance")
+    request.app.command("new-backend")(new_backend)

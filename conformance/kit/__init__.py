@@ -1,0 +1,1 @@
+"""The vendor's kit: what `core new-backend` writes."""

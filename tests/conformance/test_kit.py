@@ -64,4 +64,5 @@ def test_the_command_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     plugins.load()
     plugins.cli(app)
     done = CliRunner().invoke(app, ["new-backend", "kit_chip", "--out", str(tmp_path / "new")])
-    assert done.exit_code == 0 and "core conformance run --backend kit_chip" in done.output
+    assert done.exit_code == 0, done.output
+    assert "core conformance run --backend kit_chip" in done.output

@@ -73,7 +73,9 @@ def test_float32_backends_match_transformers(name: str, backend: str, tiny_folde
 
 
 @pytest.mark.parametrize("prompt", [1, PROMPT])
-@pytest.mark.parametrize("name", ["llama", "qwen2_window", "qwen3_5_moe", "deepseek_v3", "gpt_oss", "llama4"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2_window", "gemma2", "gemma3", "qwen3_5_moe", "deepseek_v3", "gpt_oss", "llama4"]
+)
 def test_the_engine_gives_these_logits(
     name: str, prompt: int, tiny_folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma 2, no caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma 2, its own head": ("gemma2", {"tie_word_embeddings": False}),
     "gemma 2, biases": ("gemma2", {"attention_bias": True}),
+    "gemma 2, a width without a whole root": ("gemma2", {"hidden_size": 72}),
+    "gemma 3, a width without a whole root": ("gemma3_text", {"hidden_size": 72}),
     "gemma 2, gelu by erf": ("gemma2", {"hidden_activation": "gelu"}),
     "gemma 3, windows everywhere": ("gemma3_text", {"layer_types": ["sliding_attention"] * 3}),
     "gemma 3, no windows": ("gemma3_text", {"layer_types": ["full_attention"] * 3}),

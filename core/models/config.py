@@ -375,6 +375,17 @@ def all_attention(num_layers: int) -> tuple[LayerKind, ...]:
     return (kind,) * num_layers
 
 
+def check_activation(hf: Mapping[str, Any]) -> None:
+    """Refuse a config whose MLPs are gated by another function than silu.
+
+    Raises:
+        ConfigError: names it.
+    """
+    found = hf.get("hidden_act")
+    if found not in (None, "silu", "swish"):
+        raise ConfigError(f"hidden_act is {found!r}, but this family is known here with silu only")
+
+
 def require(hf: Mapping[str, Any], *names: str) -> None:
     """Check that a config has these keys.
 

@@ -96,7 +96,8 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         known = ", ".join(_ACTIVATIONS)
         raise ConfigError(f"hidden_activation {activation!r} is not known; known are {known}")
     rope, local_rope = _ropes(text) if is_third else (text, None)
-    c = llama.config({**rope, "layer_types": None})
+    # Llama's own activation is not this family's.
+    c = llama.config({**rope, "layer_types": None, "hidden_act": None})
     return replace(
         c,
         family="gemma",

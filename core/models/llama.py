@@ -18,6 +18,7 @@ from core.models.base import Constant, bias_param, linear_param, norm_param, wei
 from core.models.config import (
     ModelConfig,
     all_attention,
+    check_activation,
     checkpoint_dtype,
     eos_ids,
     layer_windows,
@@ -76,6 +77,7 @@ class Weights:
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """See `core.models.base`."""
     require(hf, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    check_activation(hf)
     architecture = hf["architectures"][0]
     heads = int(hf["num_attention_heads"])
     head_size = int(hf.get("head_dim") or hf["hidden_size"] // heads)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import inf, isnan
+from math import inf
+from numbers import Integral
 
 from core.contract.errors import RequestError
 
@@ -13,6 +14,8 @@ MAX_LOGPROBS = 20
 MAX_BANS = 1024
 """Sequences of ids that may be banned."""
 MAX_BAN_CHARACTERS = 1 << 16
+MAX_BIAS = 1e30
+"""So that a biased logit stays finite in float32, divided by the lowest temperature too."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 """Beyond these, logits divided by the temperature might leave the range of float32. Lower ones are 0."""
 
@@ -89,7 +92,10 @@ class SamplingParams:
             0 <= self.temperature <= MAX_TEMPERATURE,
             f"in [0, {MAX_TEMPERATURE:g}] (0 = greedy)",
         )
-        _check("top_k", self.top_k, self.top_k >= 0, "0 or more (0 = all)")
+        for name in ("top_k", "n", "min_tokens", "max_tokens", "seed"):
+            value = getattr(self, name)
+            _check(name, value, value is None or isinstance(value, Integral), "a whole number")
+        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "in [0, 2^31) (0 = all)")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "in [0, 2^64)")
@@ -109,7 +115,7 @@ class SamplingParams:
             value = getattr(self, name)
             _check(name, value, -2 <= value <= 2, "in [-2, 2]")
         penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, 0 < penalty < inf, "above 0 and finite (1 = none)")
+        _check("repetition_penalty", penalty, 1e-6 <= penalty <= 1e6, "in [1e-6, 1e6] (1 = none)")
         self._check_ids()
         _check("stop", self.stop, all(self.stop), "made of texts that are not empty")
 
@@ -128,8 +134,8 @@ class SamplingParams:
         if self.logit_bias is not None:
             bias = {int(i): float(value) for i, value in self.logit_bias.items()}
             object.__setattr__(self, "logit_bias", bias)
-            wrong = [v for v in bias.values() if isnan(v) or v == inf]
-            _check("logit_bias", self.logit_bias, not wrong, "made of numbers below infinity")
+            wrong = [v for v in bias.values() if not (abs(v) <= MAX_BIAS or v == -inf)]
+            _check("logit_bias", self.logit_bias, not wrong, f"made of numbers up to {MAX_BIAS:g}, or -inf")
         if self.allowed_token_ids is not None:
             ids = tuple(dict.fromkeys(int(i) for i in self.allowed_token_ids))
             object.__setattr__(self, "allowed_token_ids", ids)

@@ -191,6 +191,8 @@ def _largest(row: Float32, k: int) -> npt.NDArray[np.int32]:
     """Ids of the k largest values, in falling order, ties to the lower id."""
     if k == 0:
         return np.zeros(0, np.int32)
+    # A value that is none ranks last: a broken model is no reason for the engine to stop.
+    row = np.where(np.isnan(row), np.float32(-np.inf), row)
     least = np.partition(row, -k)[-k]
     candidates = np.flatnonzero(row >= least)
     order = np.argsort(-row[candidates], kind="stable")[:k]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.contract.errors import RequestError
 from core.sampling.params import SamplingParams
@@ -28,6 +28,12 @@ class StreamOptions(_Request):
 
 class _Common(_Request):
     """Fields of both kinds of request. None = the default of SamplingParams."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """A field that is null is one that was left out, as the API has it."""
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
     model: str | None = None
     n: int = Field(1, ge=1, le=128)

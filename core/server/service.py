@@ -235,7 +235,13 @@ class Service:
 
         # A long conversation takes a while to render and tokenize: other streams go on meanwhile.
         ids = await asyncio.to_thread(render)
-        limit = request.max_completion_tokens or request.max_tokens
+        limit = request.max_completion_tokens
+        if limit is None:
+            limit = request.max_tokens
+        if request.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs is not answered for chats; use /v1/completions, or leave it out"
+            )
         top = (request.top_logprobs or 0) if request.logprobs else None
         return self._job("chatcmpl", [ids], request.sampling(max_tokens=limit, logprobs=top), request)
 
@@ -260,7 +266,8 @@ class Service:
 
     async def _run(self, job: _Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """(index of prompt, its output) whenever one has grown. Closing it ends all of them."""
-        timeout = job.request.timeout or self._config.request_timeout_s
+        limits = (job.request.timeout, self._config.request_timeout_s)
+        timeout = min((limit for limit in limits if limit is not None), default=None)
         streams = [
             self.engine.generate(
                 prompt,

@@ -92,6 +92,40 @@ def check_sizes(c: ModelConfig, path: Path) -> None:
             f"{path}: the config has {c.num_heads} attention heads, which {c.num_kv_heads} KV heads do not "
             "divide; check that it belongs to these weights"
         )
+    _check_figures(c, path)
+
+
+def _check_figures(c: ModelConfig, path: Path) -> None:
+    """Figures that are no counts, and those of routing."""
+    positive = {
+        "rms_norm_eps": c.norm_eps,
+        "rope_theta": c.rope.theta,
+        "rope scaling's factor": c.rope.factor,
+    }
+    caps = {"attn_logit_softcapping": c.attention_soft_cap, "final_logit_softcapping": c.logit_soft_cap}
+    positive |= {name: cap for name, cap in caps.items() if cap is not None}
+    for name, value in positive.items():
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{path}: the config's {name} is {value}, but it must be positive and finite")
+    if c.moe is None:
+        return
+    route = c.moe.route
+    if not 1 <= route.top_k <= route.num_experts:
+        raise ConfigError(
+            f"{path}: the config takes {route.top_k} experts of {route.num_experts} for a token; 1 to all "
+            "are wanted"
+        )
+    if route.num_groups < 1 or route.num_experts % route.num_groups:
+        raise ConfigError(
+            f"{path}: the config has {route.num_experts} experts in {route.num_groups} groups, which do not "
+            "divide them"
+        )
+    if not 1 <= route.top_groups <= route.num_groups:
+        raise ConfigError(
+            f"{path}: the config takes {route.top_groups} of {route.num_groups} groups; take 1 to all"
+        )
+    if c.moe.limit is not None and not c.moe.limit > 0:
+        raise ConfigError(f"{path}: the config's swiglu_limit is {c.moe.limit}, but it must be positive")
 
 
 def check_finite(checkpoint: Checkpoint, name: str, array: npt.NDArray[Any]) -> None:

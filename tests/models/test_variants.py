@@ -212,6 +212,8 @@ def test_mixtrals_experts_may_be_stacked(tiny_folder: Folder, tmp_path: Path) ->
         ("gpt_oss", "swiglu_alpha", 1.5),
         ("llama4_text", "layer_types", ["other_kind"] * 4),
         ("gemma2", "hidden_activation", "other_kind"),
+        ("llama", "hidden_act", "gelu"),
+        ("deepseek_v3", "hidden_act", "relu"),
         ("gemma3_text", "layer_types", ["other_kind"] * 3),
     ],
 )

@@ -308,3 +308,18 @@ def test_a_streamed_echo_sends_the_prompt_first(connect: Connect) -> None:
     choices = [event["choices"][0] for event in found]
     assert [c["text"] for c in choices] == ["xy", "a", "b"]
     assert [c["logprobs"]["text_offset"] for c in choices] == [[0, 1], [2], [3]]
+
+
+def test_a_null_is_a_field_that_was_left_out(connect: Connect) -> None:
+    engine = FakeEngine()
+    nulls = dict.fromkeys(("temperature", "top_p", "n", "presence_penalty", "stop", "seed", "stream"))
+    assert post(connect(engine), "/v1/completions", prompt="x", **nulls).status_code == 200
+    assert post(connect(engine), "/v1/chat/completions", **CHAT, **nulls).status_code == 200
+    assert engine.asked[0][1].temperature == 1.0
+
+
+def test_what_a_chat_cannot_have_is_refused(connect: Connect) -> None:
+    none = post(connect(), "/v1/chat/completions", **CHAT, max_completion_tokens=0, max_tokens=5)
+    assert none.status_code == 400 and "max_tokens" in none.json()["error"]["message"]
+    asked = post(connect(), "/v1/chat/completions", **CHAT, prompt_logprobs=1)
+    assert asked.status_code == 400 and "prompt_logprobs" in asked.json()["error"]["message"]

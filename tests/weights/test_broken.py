@@ -268,6 +268,17 @@ OTHER: dict[str, tuple[str, dict[str, Any], str]] = {
     "no number": ("llama", {"hidden_size": "wide"}, "hidden_size|config"),
     "nothing": ("llama", {"num_hidden_layers": 0}, "num_hidden_layers|layers"),
     "negative": ("llama", {"vocab_size": -256}, "vocab"),
+    "another activation": ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    "more experts for a token than there are": ("qwen3_moe", {"num_experts_per_tok": 9}, "9 experts of 8"),
+    "no expert for a token": ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok|0 experts of 8"),
+    "groups": ("deepseek_v3", {"topk_group": 9}, "9 of 4 groups"),
+    "groups that do not divide": ("deepseek_v3", {"n_group": 3}, "3 groups"),
+    "epsilon": ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps is -1"),
+    "theta": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}},
+        "rope_theta is 0",
+    ),
 }
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 from core.contract.ops import Ops
 from core.models import definition
@@ -106,3 +108,27 @@ def test_embeddings_are_scaled_by_a_root_that_the_dtype_holds(
     model = getattr(transformers, tiny._ARCHITECTURES[name]).from_pretrained(folder, dtype=torch_dtype)
     assert seen == {float(model.get_input_embeddings().embed_scale.to(torch_dtype))}
     assert seen != {WIDTH**0.5}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tower_and_its_text_model_may_have_their_newer_names(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny._SETTINGS, "gemma3", {**tiny._SETTINGS["gemma3"], "tie_word_embeddings": tied})
+    old, new = tiny.make_folder("gemma3", tmp_path / "old"), tmp_path / "new"
+    tensors = load_file(old / "model.safetensors")
+    assert ("language_model.lm_head.weight" in tensors) is not tied
+    new.mkdir()
+    (new / "config.json").write_bytes((old / "config.json").read_bytes())
+    renamed = {_newer(name): value for name, value in tensors.items()}
+    save_file(renamed, new / "model.safetensors", metadata={"format": "pt"})
+    found, wanted = (model_logits(f, IDS, "cpu_reference", "float64") for f in (new, old))
+    assert np.array_equal(found, wanted)
+
+
+def _newer(name: str) -> str:
+    if name == "language_model.lm_head.weight":
+        return "lm_head.weight"
+    if name.startswith("language_model.model."):
+        return name.replace("language_model.model.", "model.language_model.", 1)
+    return f"model.{name}"

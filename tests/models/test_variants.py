@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers import MistralConfig
 
 from core.contract.errors import ConfigError, WeightError
 from core.contract.opspecs import AttentionSpec, LatentSpec
@@ -89,6 +90,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma 2, a width without a whole root": ("gemma2", {"hidden_size": 72}),
     "gemma 3, a width without a whole root": ("gemma3_text", {"hidden_size": 72}),
     "gemma 2, gelu by erf": ("gemma2", {"hidden_activation": "gelu"}),
+    "gemma 3 with a tower, its own head": ("gemma3", {"tie_word_embeddings": False}),
     "gemma 3, windows everywhere": ("gemma3_text", {"layer_types": ["sliding_attention"] * 3}),
     "gemma 3, no windows": ("gemma3_text", {"layer_types": ["full_attention"] * 3}),
     "mixtral, no window": ("mixtral", {"sliding_window": None}),
@@ -141,6 +143,15 @@ def test_a_tied_head_is_the_whole_checkpoints_affair(tiny_folder: Folder) -> Non
     for text, top, wanted in ((False, True, True), (True, False, False), (True, None, True)):
         hf["text_config"]["tie_word_embeddings"], hf["tie_word_embeddings"] = text, top
         assert definition(hf).config(hf).tied_head is wanted
+
+
+def test_mistral_has_a_window_unless_its_config_says_that_it_has_none(tiny_folder: Folder) -> None:
+    hf = config_of(tiny_folder("mistral"))
+    layers = hf["num_hidden_layers"]
+    model = definition(hf)
+    assert model.config({**hf, "sliding_window": None}).windows == ()
+    del hf["sliding_window"]
+    assert model.config(hf).windows == (MistralConfig().sliding_window,) * layers
 
 
 def test_a_text_config_need_not_name_an_architecture(tiny_folder: Folder) -> None:
@@ -256,6 +267,7 @@ def test_a_tensor_that_the_model_does_not_use_is_refused_by_name(
         ("deepseek_v3", "model.layers.3.mlp.experts.0.up_proj.weight"),
         ("llama4", "vision_model.other.weight"),
         ("gemma3", "model.vision_tower.other.weight"),
+        ("gemma3", "language_model.lm_head.weight"),
         ("glm4_moe", "model.layers.3.mlp.experts.0.up_proj.weight"),
     ],
 )
@@ -264,8 +276,9 @@ def test_a_tensor_of_what_the_engine_leaves_out_changes_nothing(
 ) -> None:
     folder = tiny_folder(name)
     tensors = {surplus: np.ones((2, 2), np.float32)}
-    if surplus == "lm_head.weight":
-        tensors[surplus] = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    if surplus.endswith("lm_head.weight"):
+        embedding = f"{surplus.removesuffix('lm_head.weight')}model.embed_tokens.weight"
+        tensors[surplus] = load_file(folder / "model.safetensors")[embedding]
     if name == "glm4_moe":
         # What tells a layer that predicts further tokens from one that the config forgot.
         tensors["model.layers.3.eh_proj.weight"] = np.ones((2, 2), np.float32)

@@ -14,6 +14,8 @@ MAX_LOGPROBS = 20
 MAX_BANS = 1024
 """Sequences of ids that may be banned."""
 MAX_BAN_CHARACTERS = 1 << 16
+MAX_STOPS, MAX_STOP_CHARACTERS = 64, 1 << 14
+"""Each token's text is searched for them."""
 MAX_BIAS = 1e30
 """So that a biased logit stays finite in float32, divided by the lowest temperature too."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
@@ -118,6 +120,11 @@ class SamplingParams:
         _check("repetition_penalty", penalty, 1e-6 <= penalty <= 1e6, "in [1e-6, 1e6] (1 = none)")
         self._check_ids()
         _check("stop", self.stop, all(self.stop), "made of texts that are not empty")
+        if len(self.stop) > MAX_STOPS or sum(map(len, self.stop)) > MAX_STOP_CHARACTERS:
+            raise RequestError(
+                f"stop has {len(self.stop)} texts of {sum(map(len, self.stop))} characters; it may have "
+                f"{MAX_STOPS} of {MAX_STOP_CHARACTERS} in all"
+            )
 
     def _check_ids(self) -> None:
         words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ())

@@ -182,3 +182,10 @@ def test_every_way_to_ask_has_the_same_words_and_defaults_as_the_record() -> Non
     assert {f.name: f.default for f in fields(Queueing)} == {
         f.name: asked[f.name].default for f in fields(Queueing)
     }
+
+
+@pytest.mark.parametrize("priority", [-(2**62) - 1, 2**31])
+def test_a_priority_beyond_all_bounds_is_refused(llm: LLM, priority: int) -> None:
+    with pytest.raises(RequestError, match="priority"):
+        llm.generate([[5, 6]], PARAMS, priority=priority)
+    assert llm.generate([[5, 6]], PARAMS)[0].outputs[0].token_ids

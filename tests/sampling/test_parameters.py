@@ -204,6 +204,8 @@ def test_a_bias_is_added_before_the_penalty_divides() -> None:
         {"frequency_penalty": float("nan")},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": float("inf")},
+        {"stop": tuple(map(str, range(65)))},
+        {"stop": ("x" * 20_000,)},
         {"repetition_penalty": 1e-50},
         {"repetition_penalty": 1e300},
         {"top_k": 2**31},

@@ -4,8 +4,10 @@ executor.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from core.block_manager import BlockCopy
 from core.contract.batch import Int32, StepBatch
@@ -25,7 +27,7 @@ from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget, check_layers
 from core.engine.resolve import Facts, Resolution, resolve
 from core.models import ModelDefinition, definition
-from core.models.config import ModelConfig
+from core.models.config import ModelConfig, eos_ids
 from core.parallel.sharding import Shard
 from core.parallel.tensor_parallel import TensorParallelOps
 from core.plugins import BackendHandle
@@ -70,7 +72,23 @@ def read_model(checkpoint: Checkpoint) -> tuple[ModelDefinition, ModelConfig]:
             f"({type(e).__name__}: {e}); check config.json"
         ) from None
     check_sizes(c, checkpoint.path)
-    return model, c
+    ends = dict.fromkeys((*c.eos_token_ids, *_generation_ends(checkpoint.path)))
+    return model, replace(c, eos_token_ids=tuple(ends))
+
+
+def _generation_ends(path: Path) -> tuple[int, ...]:
+    """Ids that generation_config.json names as ends: a chat turn often ends by one that is only there.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return ()
+    try:
+        return eos_ids(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise ConfigError(f"{file} cannot be read ({type(e).__name__}: {e}); mend or delete it") from None
 
 
 class RankWorker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from core import LLM, SamplingParams
+from core.contract.errors import ConfigError
 from core.engine.config import EngineConfig
 from core.engine.engine import Engine
 from core.weights.loader import LoadState
@@ -73,3 +75,19 @@ def test_ranks_share_dummy_weights_and_the_first_tells_its_progress(
             params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
             found.append(llm.generate([5, 6, 7], params)[0].outputs[0].token_ids)
     assert found[0] == found[1]
+
+
+def test_ends_that_only_the_generation_config_names_end_a_text(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    params = SamplingParams(temperature=0, max_tokens=8)
+    options: dict[str, Any] = {"backend": "cpu_reference", "dtype": "float32", "show_progress": False}
+    with LLM(path, **options) as llm:
+        tokens = llm.generate([[5, 6, 7]], params)[0].outputs[0].token_ids
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [250, tokens[1]]}))
+    with LLM(path, **options) as llm:
+        found = llm.generate([[5, 6, 7]], params)[0].outputs[0]
+    assert found.finish_reason == "stop" and len(found.token_ids) <= 2
+    (path / "generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="generation_config"):
+        LLM(path, **options)

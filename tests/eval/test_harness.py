@@ -1,108 +1,147 @@
-"""lm-evaluation-harness runs a task against the server; its log-likelihoods are transformers'."""
+"""lm-evaluation-harness scores a task through the server as transformers scores it by itself.
+
+The harness is a command of its own, as users run it; it gets nothing from the network. The reference is
+transformers in float32 with the same GGUF's weights and its own reading of the tokenizer, which the harness
+uses too. So where texts are sent, the server's tokenizer must agree with it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from core.tokenizer import load_tokenizer
-
 pytestmark = [pytest.mark.sample, pytest.mark.slow]
 
 TASKS = Path(__file__).parent / "tasks"
+CORE = [sys.executable, "-c", "from core.cli import main; main()"]
 BOUND = 1e-3
-COMMAND = [sys.executable, "-c", "from core.cli import main; main()"]
+"""Largest difference of two log-likelihoods, each a sum over a continuation's tokens."""
+MARGIN = 0.02
+"""Where the reference's two largest logits are nearer than this, either may be called the greedy token."""
+COUNT = 48
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One continuation: its log-likelihood, and whether it is the greedy one."""
+
+    log_likelihood: float
+    is_greedy: bool
+    is_decided: bool = True
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     arguments = ["serve", "sample", "--backend", "cpu", "--dtype", "float32", "--port", "0"]
     arguments += ["--max-model-len", "512", "--served-model-name", "sample"]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*CORE, *arguments], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        serving = next((line for line in lines if line.startswith("serving ")), None)
-        assert serving is not None, f"the server ended with status {process.wait()}"
-        yield serving.split()[-1]
+        found = ""
+        # The server keeps its output open, so reading stops at the line that is wanted.
+        for line in process.stdout:
+            if line.startswith("serving "):
+                found = line.split()[-1]
+                break
+        assert found, f"the server ended with status {process.wait()}"
+        yield found
     finally:
-        process.terminate()
+        process.kill()
         process.communicate()
 
 
 @pytest.fixture(scope="module")
-def tokenizer_folder(sample_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model's tokenizer as the harness takes one."""
+def tokenizer(sample_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """What transformers makes of the GGUF's tokenizer, and the folder where the harness finds it."""
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(sample_model.parent, gguf_file=sample_model.name)
     folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer: Any = load_tokenizer(sample_model)
-    tokenizer.backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos_token}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    found.save_pretrained(folder)
+    return found, folder
 
 
-def reference_log_likelihood(path: Path, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
-    """Of each (context, continuation), by transformers in float32 with the same weights."""
+@pytest.fixture(scope="module")
+def reference(sample_model: Path, tokenizer: tuple[Any, Path]) -> list[Scored]:
+    """Every choice of every question, in order, by transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        sample_model.parent, gguf_file=sample_model.name, dtype=torch.float32
+    ).eval()
     found = []
-    for context, continuation in pairs:
-        ids = context + continuation
-        with torch.inference_mode():
-            logits = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        rows = range(len(context) - 1, len(ids) - 1)
-        found.append(sum(float(logits[row, ids[row + 1]]) for row in rows))
+    for line in (TASKS / "choices.jsonl").read_text().splitlines():
+        doc = json.loads(line)
+        start = len(tokenizer[0].encode(doc["question"]))
+        for choice in doc["choices"]:
+            ids = torch.tensor([tokenizer[0].encode(doc["question"] + choice)])
+            with torch.inference_mode():
+                logits = model(ids).logits[0, start - 1 : -1].double()
+            wanted = ids[0, start:]
+            top = logits.topk(2).values
+            chosen = logits.log_softmax(-1).gather(1, wanted[:, None])
+            is_decided = bool((top[:, 0] - top[:, 1] >= MARGIN).all())
+            found.append(Scored(float(chosen.sum()), bool((logits.argmax(-1) == wanted).all()), is_decided))
     return found
 
 
-def test_log_likelihoods_of_the_harness_are_those_of_transformers(
-    url: str, sample_model: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-    monkeypatch.chdir(TASKS)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    done = lm_eval.simple_evaluate(
-        model="local-completions",
-        model_args={
-            "model": "sample",
-            "base_url": f"{url}/completions",
-            "tokenizer_backend": "huggingface",
-            "tokenizer": str(tokenizer_folder),
-            "max_length": 512,
-            "num_concurrent": 4,
-            "max_retries": 1,
-        },
-        tasks=["core_choices"],
-        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
-        log_samples=True,
-        bootstrap_iters=0,
+def evaluate(url: str, folder: Path, out: Path, sending: str, batch_size: int) -> tuple[list[Scored], float]:
+    """Run the harness; the score of every choice in order, and the task's accuracy."""
+    model = f"model=sample,base_url={url}/completions,tokenizer_backend=huggingface,tokenizer={folder}"
+    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions"]
+    command += ["--model_args", f"{model},max_length=512,max_retries=1,timeout=60,{sending}"]
+    command += ["--batch_size", str(batch_size), "--tasks", "core_choices", "--include_path", str(TASKS)]
+    command += ["--output_path", str(out / "results"), "--log_samples"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(out / "home")}
+    done = subprocess.run(
+        command, cwd=TASKS, env={**os.environ, **offline}, capture_output=True, text=True, timeout=300
     )
-    tokenizer = load_tokenizer(sample_model)
-    pairs, ours = [], []
-    for sample in done["samples"]["core_choices"]:
-        for (context, continuation), response in zip(
-            (r.values() if isinstance(r, dict) else r for r in sample["arguments"]),
-            sample["filtered_resps"],
-            strict=True,
-        ):
-            start = tokenizer.encode(context, add_special_tokens=False)
-            pairs.append(
-                (start, tokenizer.encode(context + continuation, add_special_tokens=False)[len(start) :])
-            )
-            ours.append(float(response[0]))
-    assert len(ours) == 48
-    theirs = reference_log_likelihood(sample_model, pairs)
-    largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-    assert largest < BOUND
-    assert done["results"]["core_choices"]["acc,none"] > 0.7
+    assert done.returncode == 0, done.stderr[-4000:]
+    (results,) = (out / "results").rglob("results_*.json")
+    (samples,) = (out / "results").rglob("samples_core_choices_*.jsonl")
+    docs = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda doc: int(doc["doc_id"]))
+    scores = [
+        Scored(float(value), is_greedy == "True") for d in docs for value, is_greedy in d["filtered_resps"]
+    ]
+    return scores, float(json.loads(results.read_text())["results"]["core_choices"]["acc,none"])
+
+
+@pytest.mark.parametrize(
+    ("sending", "batch_size"),
+    [
+        ("tokenized_requests=True,num_concurrent=1", 1),
+        ("tokenized_requests=False,num_concurrent=4", 8),
+    ],
+    ids=["ids one by one", "texts in concurrent batches"],
+)
+def test_log_likelihoods_of_the_harness_are_those_of_transformers(
+    url: str,
+    tokenizer: tuple[Any, Path],
+    reference: list[Scored],
+    tmp_path: Path,
+    sending: str,
+    batch_size: int,
+) -> None:
+    scores, accuracy = evaluate(url, tokenizer[1], tmp_path, sending, batch_size)
+    assert len(scores) == len(reference) == COUNT
+    differences = [abs(s.log_likelihood - r.log_likelihood) for s, r in zip(scores, reference, strict=True)]
+    print(f"largest difference of {COUNT} log-likelihoods: {max(differences):.2e}; accuracy {accuracy}")
+    assert max(differences) < BOUND
+    decided = [(s.is_greedy, r.is_greedy) for s, r in zip(scores, reference, strict=True) if r.is_decided]
+    assert len(decided) >= 0.9 * COUNT and {r for _, r in decided} == {True, False}
+    assert all(ours == theirs for ours, theirs in decided)
+
+    docs = [json.loads(line) for line in (TASKS / "choices.jsonl").read_text().splitlines()]
+    rows = [reference[i : i + 3] for i in range(0, COUNT, 3)]
+    best = [max(range(3), key=lambda i, row=row: row[i].log_likelihood) for row in rows]  # type: ignore[misc]
+    right = sum(b == doc["answer"] for b, doc in zip(best, docs, strict=True))
+    assert accuracy == pytest.approx(right / len(docs))

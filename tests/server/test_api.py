@@ -302,6 +302,26 @@ def test_no_tokens_may_be_asked_for(connect: Connect, stream: bool) -> None:
         assert response.json()["usage"]["completion_tokens"] == 0
 
 
+@pytest.mark.parametrize(("max_tokens", "own"), [(0, []), (1, ["a"])])
+def test_prompts_of_token_ids_are_scored_each_by_itself(
+    connect: Connect, max_tokens: int, own: list[str]
+) -> None:
+    prompts = [[120, 121, 122], [119]]
+    body = {"prompt": prompts, "echo": True, "logprobs": 1, "temperature": 0, "max_tokens": max_tokens}
+    answer = post(connect(), "/v1/completions", **body).json()
+    assert [c["index"] for c in answer["choices"]] == [0, 1]
+    for choice, prompt in zip(answer["choices"], ["xyz", "w"], strict=True):
+        found = choice["logprobs"]
+        assert choice["text"] == prompt + "".join(own)
+        assert found["tokens"] == [*prompt, *own]
+        assert found["token_logprobs"] == [None, *[-0.25] * (len(prompt) - 1), *[-0.5] * len(own)]
+        assert found["text_offset"] == list(range(len(prompt) + len(own)))
+        assert found["top_logprobs"][0] is None
+        pairs = zip(found["tokens"][1:], found["token_logprobs"][1:], found["top_logprobs"][1:], strict=True)
+        assert all(top[token] == value for token, value, top in pairs)
+    assert answer["usage"]["prompt_tokens"] == 4 and answer["usage"]["completion_tokens"] == 2 * len(own)
+
+
 def test_a_streamed_echo_sends_the_prompt_first(connect: Connect) -> None:
     body = {"prompt": [120, 121], "echo": True, "stream": True, "logprobs": 0, "max_tokens": 2}
     found = events(post(connect(), "/v1/completions", **body))

@@ -82,16 +82,24 @@ def run(
     jobs: Annotated[int, typer.Option(min=1, help="worker processes")] = 1,
     only: Annotated[str, typer.Option(help="a regular expression that ids must contain")] = "",
     waivers: Annotated[Path | None, typer.Option(help="the vendor's waivers.toml")] = None,
+    time_factor: Annotated[
+        float, typer.Option(help="multiplies the time limit of each check, for emulated devices")
+    ] = 1.0,
 ) -> None:
     """Run the checks of some levels, and write a report."""
+    from conformance.catalogue import parse_levels
+    from conformance.report import of_refused, write
     from conformance.session import Request, Session
 
     try:
         try:
             subject = _target(backend, dtype, device, option)
         except BackendRefused as error:
-            typer.echo(f"FAIL  L0/registration/loads  {error}")
-            raise typer.Exit(FAILURES) from None
+            given = Target(backend, dtype, device)
+            report = of_refused(given, parse_levels(level), _seed(seed), str(error))
+            write(report, out)
+            typer.echo(f"FAIL  {report.results[0].id}  {error}\n{out / 'report.html'}")
+            raise typer.Exit(report.exit_code) from None
         except BackendMissing as error:
             _end(NO_DEVICE, str(error))
         request = Request(
@@ -105,6 +113,7 @@ def run(
             out=out,
             resume=resume,
             waivers=waivers,
+            time_factor=time_factor,
         )
         report = Session(subject, request).run()
     except BackendMissing as error:

@@ -18,11 +18,12 @@ from xml.etree import ElementTree
 
 from conformance import SUITE
 from conformance.catalogue import LEVELS
-from conformance.check import Check, Result
+from conformance.check import Check, Result, check_seed
 from conformance.status import EMPTY, EXIT_MEANING, Status, exit_code
-from conformance.subject import Subject
+from conformance.subject import Subject, Target
 from core.contract import CONTRACT
 from core.contract.errors import ConfigError
+from core.contract.types import DeviceInfo
 
 SCHEMA = 1
 
@@ -107,9 +108,8 @@ def _distribution_of(subject: Subject) -> str:
     return ""
 
 
-def environment_facts(subject: Subject) -> dict[str, Any]:
-    """The machine, the device, and the versions of what computes."""
-    info = subject.info
+def environment_facts(info: DeviceInfo | None) -> dict[str, Any]:
+    """The machine, the device (None = the backend did not load), and the versions of what computes."""
     packages = {}
     for name in ("core", "numpy", "ml_dtypes", "torch", "jax", "jaxlib", "triton"):
         try:
@@ -117,9 +117,9 @@ def environment_facts(subject: Subject) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
-        "device": info.name,
-        "device_index": info.index,
-        "driver": info.driver,
+        "device": info.name if info else "",
+        "device_index": info.index if info else 0,
+        "driver": info.driver if info else "",
         "platform": platform.platform(),
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -129,23 +129,42 @@ def environment_facts(subject: Subject) -> dict[str, Any]:
 
 
 def run_facts(
-    levels: Sequence[int], seed: int, shard: tuple[int, int], subject: Subject, quick: bool, start: datetime
+    levels: Sequence[int], seed: int, shard: tuple[int, int], target: Target, quick: bool, start: datetime
 ) -> dict[str, Any]:
     """What was asked for."""
     return {
         "levels": list(levels),
         "levels_text": levels_text(levels),
         "seed": f"{seed:016x}",
-        "dtype": subject.target.dtype,
-        "device": subject.target.index,
-        "options": dict(subject.target.options),
-        "fault": subject.target.fault,
+        "dtype": target.dtype,
+        "device": target.index,
+        "options": dict(target.options),
+        "fault": target.fault,
         "quick": quick,
         "shard": list(shard),
         "start": start.isoformat(timespec="seconds"),
         "end": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["core", *sys.argv[1:]]),
     }
+
+
+def of_refused(target: Target, levels: Sequence[int], seed: int, reason: str) -> Report:
+    """Report of a backend that core does not load: its first check fails, and nothing else was run."""
+    first = "L0/registration/loads"
+    return Report(
+        suite=suite_facts(()),
+        backend={
+            "name": target.backend,
+            "target": target.backend,
+            "summary": "",
+            "version": "",
+            "spec_sha256": digest({}),
+            "spec": {},
+        },
+        environment=environment_facts(None),
+        run=run_facts(levels, seed, (1, 1), target, True, datetime.now(UTC)),
+        results=(Result(first, Status.FAIL.value, reason, 0.0, check_seed(seed, first)),),
+    )
 
 
 def levels_text(levels: Sequence[int]) -> str:

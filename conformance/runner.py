@@ -37,11 +37,15 @@ class WorkerLost(Exception):
 class Worker:
     """One worker process.
 
+    Args:
+        time_factor: what the checks' limits are multiplied by.
+
     Raises (all methods):
         WorkerLost: it crashed, hung or cannot load the backend.
     """
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, time_factor: float = 1.0) -> None:
+        self._time_factor = time_factor
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
         # The backend's threads share the machine with those of other workers.
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}
@@ -56,7 +60,7 @@ class Worker:
         self._rest = b""
         try:
             self._tell(setup.text())
-            answer = json.loads(self._line(START_S, "loading the backend"))
+            answer = json.loads(self._line(START_S * max(1.0, time_factor), "loading the backend"))
         except BaseException:
             self.close()
             raise
@@ -69,7 +73,7 @@ class Worker:
         """Run one check."""
         mark = self._log.seek(0, os.SEEK_END)
         self._tell(json.dumps(check.id))
-        result = Result(**json.loads(self._line(check.timeout_s, check.id)))
+        result = Result(**json.loads(self._line(check.timeout_s * self._time_factor, check.id)))
         if result.status == Status.PASS:
             return result
         self._log.seek(mark)
@@ -133,6 +137,7 @@ def run_all(
     report: Report,
     jobs: int = 1,
     should_stop: Callable[[], bool] = lambda: False,
+    time_factor: float = 1.0,
 ) -> None:
     """Run checks in `jobs` workers; each result is reported once, by one thread at a time."""
     waiting: queue.SimpleQueue[Check] = queue.SimpleQueue()
@@ -152,7 +157,7 @@ def run_all(
                     check = waiting.get_nowait()
                 except queue.Empty:
                     return
-                worker = _one(check, worker, setup, tell)
+                worker = _one(check, worker, lambda: Worker(setup, time_factor), setup.seed, tell)
         finally:
             if worker is not None:
                 worker.close()
@@ -164,12 +169,14 @@ def run_all(
         thread.join()
 
 
-def _one(check: Check, worker: Worker | None, setup: Setup, tell: Report) -> Worker | None:
+def _one(
+    check: Check, worker: Worker | None, new: Callable[[], Worker], run_seed: int, tell: Report
+) -> Worker | None:
     """Run one check; the worker for the next one, or None where a new one is needed."""
-    seed = check_seed(setup.seed, check.id)
+    seed = check_seed(run_seed, check.id)
     start = time.monotonic()
     try:
-        worker = worker or Worker(setup)
+        worker = worker or new()
         result = worker.run(check)
     except WorkerLost as lost:
         if worker is not None:
@@ -179,14 +186,14 @@ def _one(check: Check, worker: Worker | None, setup: Setup, tell: Report) -> Wor
     if result.status == Status.FAIL and result.message.startswith("DeviceError"):
         # Whatever the device was left in, the next check begins with a new one.
         worker.close()
-        result, worker = _after_device_error(result, setup), None
+        result, worker = _after_device_error(result, new), None
     tell(result)
     return worker
 
 
-def _after_device_error(result: Result, setup: Setup) -> Result:
+def _after_device_error(result: Result, new: Callable[[], Worker]) -> Result:
     try:
-        Worker(setup).close()
+        new().close()
     except WorkerLost as lost:
         message = f"{result.message}; afterwards the backend does not load any more: {lost.message}"
         return replace(result, status=Status.DEVICE_LOST.value, message=message)

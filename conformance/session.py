@@ -33,6 +33,7 @@ class Request:
 
     Attributes:
         seed: None = drawn. profiles: claims; () = whatever the backend declares. only: pattern of ids.
+        time_factor: what each check's time limit is multiplied by, for devices that are emulated.
     """
 
     levels: str = "L0..L5"
@@ -45,6 +46,7 @@ class Request:
     out: Path = Path("conformance-report")
     resume: bool = False
     waivers: Path | None = None
+    time_factor: float = 1.0
     is_shown: bool = True
 
 
@@ -63,6 +65,8 @@ class Session:
         unknown = [p for p in request.profiles if p not in PROFILES]
         if unknown:
             raise ConfigError(f"profile {unknown[0]!r} is not known; known are {', '.join(PROFILES)}")
+        if not 0 < request.time_factor < 1e6:
+            raise ConfigError(f"--time-factor is {request.time_factor:g}; a number above 0 is wanted")
         self._seed = self._choose_seed()
         extras = subject.handle.conformance(ConformanceRequest(version=subject.spec.contract))
         self._waivers = read_waivers(request.waivers or (Path(extras.waivers) if extras.waivers else None))
@@ -81,7 +85,7 @@ class Session:
 
     def run(self) -> Report:
         """Run the checks level by level; the report is written whatever becomes of them."""
-        facts = reports.environment_facts(self._subject)
+        facts = reports.environment_facts(self._subject.info)
         self._request.out.mkdir(parents=True, exist_ok=True)
         if self._request.resume:
             self._read_lines()
@@ -177,6 +181,7 @@ class Session:
                 report,
                 self._request.jobs,
                 lambda: any(r.status == lost for r in self._results.values()),
+                self._request.time_factor,
             )
         self._level_done(level, own)
 
@@ -211,13 +216,13 @@ class Session:
 
     def _finish(self, facts: dict[str, Any]) -> Report:
         results = in_order(self._results.values(), self._checks)
-        results, used = apply(self._waivers, results, self._checks, self._subject, facts["driver"])
+        results, used = apply(self._waivers, results, self._all, self._subject, facts["driver"])
         report = Report(
             suite=reports.suite_facts(self._all),
             backend=reports.backend_facts(self._subject),
             environment=facts,
             run=reports.run_facts(
-                self._levels, self._seed, self._shard, self._subject, self._request.quick, self._start
+                self._levels, self._seed, self._shard, self._subject.target, self._request.quick, self._start
             ),
             results=tuple(results),
             waivers=tuple(_as_dict(waiver) for waiver in used),

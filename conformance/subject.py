@@ -128,7 +128,7 @@ def _import(place: str) -> object:
         found: Any = importlib.import_module(module)
         for part in filter(None, attribute.split(".")):
             found = getattr(found, part)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         is_missing = isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?")
         raise (BackendMissing if is_missing else BackendRefused)(
             f"{place!r} cannot be imported ({type(error).__name__}: {error}); give MODULE:OBJECT, or MODULE: "

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fnmatch
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, date, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import InvalidVersion
 
 from conformance.check import Check, Result
 from conformance.status import Status
@@ -23,7 +27,8 @@ class Waiver:
 
     Attributes:
         test: an id, with * for any part of the name (not of level and family). device: pattern of the
-            device's name. driver: pattern of the driver's version, "*" = any.
+            device's name. driver: range of its versions such as ">=535,<550", or a
+            pattern; "*" = any.
         issue: URL. reason: why it fails. impact: what users will see. owner: who mends it.
         opened, expires: dates, at most 90 days apart.
     """
@@ -78,6 +83,12 @@ def _waiver(entry: object, number: int, path: Path) -> Waiver:
     days = (waiver.expires - waiver.opened).days
     if not 0 <= days <= MAX_DAYS:
         raise ConfigError(f"{where} lasts {days} days; 0 to {MAX_DAYS} are allowed")
+    try:
+        _is_in("0", waiver.driver)
+    except InvalidSpecifier:
+        raise ConfigError(
+            f"{where}: driver is {waiver.driver!r}; a range such as >=535,<550 or a pattern is wanted"
+        ) from None
     parts = waiver.test.split("/")
     if len(parts) != 3 or "*" in parts[0] + parts[1]:
         raise ConfigError(
@@ -95,8 +106,11 @@ def apply(
 ) -> tuple[list[Result], list[Waiver]]:
     """Results with what is waived, and the waivers that concern this device.
 
-    A waiver that has ended, that matches no check, whose checks all pass, or that names what may never be
-    waived gives a result of its own that ends the run.
+    A waiver that has ended, that matches no check of the suite, that names one which passes or one which
+    may never be waived, gives a result of its own that ends the run.
+
+    Args:
+        checks: all of the suite for this backend, whether or not this run takes them.
     """
     today = datetime.now(UTC).date()
     by_id = {check.id: check for check in checks}
@@ -104,26 +118,42 @@ def apply(
     problems: list[Result] = []
     used: list[Waiver] = []
     for waiver in waivers:
-        if not (fnmatchcase(subject.info.name, waiver.device) and fnmatchcase(driver, waiver.driver)):
+        if not (fnmatchcase(subject.info.name, waiver.device) and _is_in(driver, waiver.driver)):
             continue
         used.append(waiver)
-        matched = [i for i in found if fnmatchcase(i, waiver.test)]
-        problem = ""
-        if today > waiver.expires:
-            problem = f"expired on {waiver.expires}: mend the backend, or open a new one"
-        elif not matched:
-            problem = "matches no check of this run: delete it, or run its level"
-        elif forbidden := [i for i in matched if not by_id[i].is_waivable]:
-            problem = f"names {forbidden[0]}, which may never be waived"
-        elif all(found[i].status == Status.PASS for i in matched):
-            problem = "its checks pass: delete it"
-        if problem:
+        if problem := _problem(waiver, found, by_id, today):
             name = f"{waiver.test.rpartition('/')[0]}/waiver-{len(problems) + 1}"
             problems.append(Result(name, Status.XPASS.value, f"the waiver of {waiver.test} {problem}"))
             continue
-        for i in matched:
+        for i in fnmatch.filter(found, waiver.test):
             if not Status(found[i].status).is_good:
                 found[i] = replace(
                     found[i], status=Status.WAIVED.value, waiver=f"{waiver.issue}: {waiver.impact}"
                 )
     return [*found.values(), *problems], used
+
+
+def _problem(waiver: Waiver, found: Mapping[str, Result], by_id: Mapping[str, Check], today: date) -> str:
+    """What is wrong with a waiver; "" for nothing."""
+    matched = fnmatch.filter([*by_id, *(i for i in found if i not in by_id)], waiver.test)
+    if today > waiver.expires:
+        return f"expired on {waiver.expires}: mend the backend, or open a new one"
+    if today < waiver.opened:
+        return f"begins on {waiver.opened}, which is not yet"
+    if not matched:
+        return "matches no check of this suite: delete it"
+    if forbidden := [i for i in matched if i in by_id and not by_id[i].is_waivable]:
+        return f"names {forbidden[0]}, which may never be waived"
+    if passing := [i for i in matched if i in found and found[i].status == Status.PASS]:
+        return f"names {passing[0]}, which passes: delete it, or name fewer checks"
+    return ""
+
+
+def _is_in(driver: str, versions: str) -> bool:
+    """Whether a driver's version is of a range such as ">=535,<550", or matches a pattern."""
+    if versions[0] not in "<>=!~":
+        return fnmatchcase(driver, versions)
+    try:
+        return SpecifierSet(versions).contains(driver, prereleases=True)
+    except InvalidVersion:
+        return False

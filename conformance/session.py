@@ -23,7 +23,7 @@ from conformance.worker import Setup
 from core.contract.errors import ConfigError
 from core.contract.requests import ConformanceRequest
 
-PROFILES = ("dense", "moe", "latent", "state")
+PROFILES = ("dense", "moe", "latent", "state", "multi-device")
 _LINES = "results.jsonl"
 
 

@@ -87,7 +87,7 @@ class Subject:
         plugin = _import(name)
         try:
             own = _own_name(plugin) or name.partition(":")[0].rpartition(".")[2]
-            return cls(target, plugins.register_backend(plugin, own))
+            return cls(target, plugins.register_backend(plugin, own, name))
         except PluginError as error:
             raise BackendRefused(str(error)) from error
 

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
@@ -103,6 +104,7 @@ class Plugins:
         self._addons: set[str] = set()
         self._failures: dict[str, LoadFailure] = {}
         self._places: dict[str, str] = {}
+        self._registered: dict[str, str] = {}
         self._loaded = False
         self._trace = env.debug_level() >= 2 if trace is None else trace
         if self._trace:
@@ -132,8 +134,12 @@ class Plugins:
                 self._failures[name] = LoadFailure(name, reason, error)
         self._manager.check_pending()
 
-    def register_backend(self, plugin: object, name: str) -> BackendHandle:
+    def register_backend(self, plugin: object, name: str, place: str = "") -> BackendHandle:
         """Add a backend that is not installed: a module or object with hook implementations.
+
+        Args:
+            place: "module:object" from which other processes can import it; without it, it runs in this
+                process alone.
 
         Raises:
             PluginError: it can't be used, or the name is taken. ContractVersionError: it was built for a
@@ -141,7 +147,16 @@ class Plugins:
         """
         self._admit(plugin, name, BACKENDS)
         self._manager.check_pending()
+        self._registered[name] = place
         return self.backend(name)
+
+    def register_place(self, place: str, name: str) -> BackendHandle:
+        """Import "module:object" and add it as a backend. Raises as the import and `register_backend` do."""
+        module, _, attribute = place.partition(":")
+        found: object = import_module(module)
+        for part in filter(None, attribute.split(".")):
+            found = getattr(found, part)
+        return self.register_backend(found, name, place)
 
     def register_addon(self, plugin: object, name: str) -> None:
         """Add an add-on that is not installed. Raises as `register_backend`."""
@@ -190,9 +205,13 @@ class Plugins:
         return found
 
     def place(self, name: str) -> str:
-        """Where a loaded backend's entry point leads: "module:object". Raises as `spec`."""
+        """Where a backend is: "module:object", "" if nobody said. Raises as `spec`."""
         self.spec(name)
-        return self._places.get(name, "")
+        return self._places.get(name) or self._registered.get(name, "")
+
+    def registered_place(self, name: str) -> str | None:
+        """Where other processes find a backend that was registered, or ""; None for an installed one."""
+        return self._registered.get(name)
 
     def backend(self, name: str) -> BackendHandle:
         """A handle whose methods call this backend's hooks. Raises as `spec`."""

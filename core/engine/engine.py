@@ -265,6 +265,11 @@ class Engine:
         self.scheduler.finish_choice(request_id, choice, "stop")
 
     @property
+    def rank_processes(self) -> tuple[int, ...]:
+        """Ids of the ranks' own processes, in rank order; none where the only rank runs in this one."""
+        return self._executor.processes
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` would do or report anything."""
         return self.scheduler.has_work

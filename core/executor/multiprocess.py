@@ -20,7 +20,7 @@ import numpy as np
 
 from core.block_manager import BlockCopy
 from core.contract.batch import Int32, StepBatch, StepLayout
-from core.contract.errors import DeviceError
+from core.contract.errors import DeviceError, PluginError
 from core.contract.types import Bucket, SamplingBatch
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget
@@ -44,6 +44,12 @@ class MultiprocessExecutor(Executor):
 
     def __init__(self, config: EngineConfig, backend: BackendHandle) -> None:
         self._config = config
+        outside = backend.plugins.registered_place(backend.name)
+        if outside == "":
+            raise PluginError(
+                f"backend {backend.name!r} was registered in this process alone, so other ranks cannot load "
+                "it; install it, or give its place when it is registered"
+            )
         context = multiprocessing.get_context("spawn")
         rendezvous = f"tcp://127.0.0.1:{_free_port()}"
         self._pipes: list[Connection] = []
@@ -53,7 +59,7 @@ class MultiprocessExecutor(Executor):
             place = RankPlace(rank, config.tensor_parallel, rendezvous)
             process = context.Process(
                 target=_worker_main,
-                args=(theirs, encode((config, backend.name, place))),
+                args=(theirs, encode((config, backend.name, outside or "", place))),
                 name=f"core-rank-{rank}",
                 daemon=True,
             )
@@ -75,6 +81,11 @@ class MultiprocessExecutor(Executor):
     def allocate(self, budget: CacheBudget) -> None:
         """See Executor."""
         self._call("allocate", budget)
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """See Executor."""
+        return tuple(process.pid for process in self._processes if process.pid is not None)
 
     def host_buffer(self, size: int) -> Int32:
         """See Executor."""
@@ -202,12 +213,12 @@ class _Worker:
     """Commands of a worker process."""
 
     def __init__(self, setup: bytes, tell: Progress) -> None:
-        self._config, name, place = decode(setup)
+        self._config, name, outside, place = decode(setup)
         self._tell = tell if place.rank == 0 else None
         self._told_s = 0.0
         plugins = Plugins()
         plugins.load()
-        backend = plugins.backend(name)
+        backend = plugins.register_place(outside, name) if outside else plugins.backend(name)
         self._rules = backend.spec.batch
         self._rank = RankWorker(self._config, backend, place)
         self._failed: dict[int, Exception] = {}

@@ -229,6 +229,11 @@ class Executor:
     implement it.
     """
 
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """Ids of the ranks' own processes, in rank order; none where a rank runs in the engine's."""
+        return ()
+
     def resolve(self, backend_reason: str) -> Resolution:
         """What the options come to: of the ranks' answers, that of the smallest cache. Reads no weight."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from core_test_plugins.null import SPEC, NullBackend
 
-from core.contract.errors import EngineDead, OutOfMemoryError, UnsupportedError
+from core.contract.errors import EngineDead, OutOfMemoryError, PluginError, UnsupportedError
 from core.engine.config import EngineConfig
 from core.engine.engine import Engine
 from core.executor.failure import Failure
@@ -21,6 +21,7 @@ from core.executor.multiprocess import MultiprocessExecutor
 from core.executor.wire import encode
 from core.plugins import Plugins
 from core.sampling.params import SamplingParams
+from tests.executor import registered
 from tests.models.conftest import tiny_folder
 
 __all__ = ["tiny_folder"]
@@ -47,12 +48,6 @@ def generate(engine: Engine) -> list[int]:
     return tokens
 
 
-def processes(engine: Engine) -> list[int]:
-    executor = engine._executor
-    assert isinstance(executor, MultiprocessExecutor)
-    return [p.pid for p in executor._processes if p.pid is not None]
-
-
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -70,7 +65,7 @@ def test_two_processes_generate_what_one_does_and_a_killed_rank_is_named(
     inline.close()
 
     engine = start(folder, 2)
-    pids = processes(engine)
+    pids = engine.rank_processes
     assert generate(engine) == wanted
     os.kill(pids[1], signal.SIGKILL)
     engine.add("b", [5, 6, 7], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
@@ -110,3 +105,23 @@ def test_ranks_that_the_backend_does_not_run_are_refused(
     config = EngineConfig(model=tiny_folder("llama"), backend="some", max_model_len=64, tensor_parallel=2)
     with pytest.raises(UnsupportedError, match=words):
         Engine(config, plugins=plugins)
+
+
+def test_ranks_of_a_registered_backend_find_it_by_its_place(tiny_folder: Callable[[str], Path]) -> None:
+    config = EngineConfig(
+        model=tiny_folder("llama"), backend="other", dtype="float32", max_model_len=64, tensor_parallel=2
+    )
+    tokens = []
+    for place in ("tests.executor.registered:backend", ""):
+        plugins = Plugins()
+        plugins.register_backend(registered.backend, "other", place)
+        if not place:
+            with pytest.raises(PluginError, match="registered in this process alone"):
+                Engine(config, plugins=plugins)
+            continue
+        engine = Engine(config, plugins=plugins)
+        try:
+            tokens = generate(engine)
+        finally:
+            engine.close()
+    assert len(tokens) == 8

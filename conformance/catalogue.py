@@ -8,9 +8,11 @@ from hashlib import sha256
 from importlib import import_module
 
 from conformance.check import Check, has
+from conformance.levels import performance
 from conformance.opcases.base import set_run
-from conformance.subject import Target
+from conformance.subject import Subject, Target
 from core.contract.errors import ConfigError
+from core.contract.requests import Floor
 from core.contract.spec import BackendSpec
 
 LEVELS = {
@@ -34,18 +36,22 @@ _MODULES = {
 }
 
 
-def catalogue(spec: BackendSpec, target: Target, seed: int, modules: Sequence[str] = ()) -> list[Check]:
+def catalogue(
+    spec: BackendSpec, target: Target, seed: int, modules: Sequence[str] = (), floors: Sequence[Floor] = ()
+) -> list[Check]:
     """Every check that concerns this backend, in order of level, with data of this seed.
 
     Args:
         modules: further modules with a function `checks(spec)`: those that a vendor ships.
+        floors: of this device, by its vendor's word; each is a check of level 7.
 
     Raises:
-        ConfigError: two checks have one id, or an id is malformed.
+        ConfigError: two checks have one id, an id is malformed, or a floor's measure is not known.
     """
     set_run(seed, target.dtype)
     names = [name for level in sorted(_MODULES) for name in _MODULES[level]]
     found = [check for name in (*names, *modules) for check in import_module(name).checks(spec)]
+    found += performance.checks(floors)
     seen: set[str] = set()
     for check in found:
         if not re.fullmatch(r"L[0-7]/[a-z0-9_-]+/[A-Za-z0-9_.:+-]+", check.id):
@@ -56,6 +62,11 @@ def catalogue(spec: BackendSpec, target: Target, seed: int, modules: Sequence[st
             raise ConfigError(f"two checks have the id {check.id!r}; rename one")
         seen.add(check.id)
     return sorted(found, key=lambda check: check.level)
+
+
+def catalogue_of(subject: Subject, seed: int) -> list[Check]:
+    """Every check that concerns a backend, with those that its vendor brings. Raises as `catalogue`."""
+    return catalogue(subject.spec, subject.target, seed, subject.extras.modules, subject.floors)
 
 
 def parse_levels(text: str) -> tuple[int, ...]:

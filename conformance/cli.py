@@ -131,7 +131,7 @@ def list_(
     option: Options = None,
 ) -> None:
     """The ids of all checks that concern a backend, and which of them it does not support."""
-    from conformance.catalogue import LEVELS, catalogue, lacking, parse_levels
+    from conformance.catalogue import LEVELS, catalogue_of, lacking, parse_levels
 
     try:
         levels = parse_levels(level)
@@ -140,7 +140,7 @@ def list_(
         _end(NO_DEVICE, str(error))
     except CoreError as error:
         _end(USAGE, str(error))
-    checks = catalogue(subject.spec, subject.target, 0)
+    checks = catalogue_of(subject, 0)
     for number in levels:
         own = [check for check in checks if check.level == number]
         typer.echo(f"L{number} {LEVELS[number]}: {f'{len(own)} checks' if own else 'no case'}")
@@ -153,10 +153,10 @@ def list_(
 @app.command()
 def explain(check_id: str, backend: Backend = "cpu_reference") -> None:
     """What a check does, what it needs, and where it is written."""
-    from conformance.catalogue import catalogue
+    from conformance.catalogue import catalogue_of
 
     subject = Subject.of(Target(backend))
-    found = {check.id: check for check in catalogue(subject.spec, subject.target, 0)}
+    found = {check.id: check for check in catalogue_of(subject, 0)}
     if check_id not in found:
         import difflib
 
@@ -179,7 +179,7 @@ def repro(
     report: Path, check_id: str, debug: Annotated[bool, typer.Option(help="show the traceback")] = False
 ) -> None:
     """Run one check of a report again, here, with the same seed and options."""
-    from conformance.catalogue import catalogue
+    from conformance.catalogue import catalogue_of
     from conformance.report import from_json
     from conformance.status import Status
     from conformance.worker import run_check
@@ -197,7 +197,7 @@ def repro(
         subject = Subject.of(target)
     except CoreError as error:
         _end(NO_DEVICE, str(error))
-    checks = {check.id: check for check in catalogue(subject.spec, target, seed)}
+    checks = {check.id: check for check in catalogue_of(subject, seed)}
     if check_id not in checks:
         _end(USAGE, f"{report} has no check {check_id!r}")
     result = run_check(checks[check_id], subject, seed)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conformance import report as reports
-from conformance.catalogue import LEVELS, catalogue, lacking, parse_levels, parse_shard, select
+from conformance.catalogue import LEVELS, catalogue_of, lacking, parse_levels, parse_shard, select
 from conformance.check import Check, Result, check_seed
 from conformance.report import Report
 from conformance.runner import in_order, run_all
@@ -21,9 +21,10 @@ from conformance.subject import Subject
 from conformance.waivers import Waiver, apply, read_waivers
 from conformance.worker import Setup
 from core.contract.errors import ConfigError
-from core.contract.requests import ConformanceRequest
 
 PROFILES = ("dense", "moe", "latent", "state", "multi-device")
+PERFORMANCE = 7
+"""The level whose checks run one at a time: a neighbour would slow them."""
 _LINES = "results.jsonl"
 
 
@@ -68,10 +69,10 @@ class Session:
         if not 0 < request.time_factor < 1e6:
             raise ConfigError(f"--time-factor is {request.time_factor:g}; a number above 0 is wanted")
         self._seed = self._choose_seed()
-        extras = subject.handle.conformance(ConformanceRequest(version=subject.spec.contract))
+        extras = subject.extras
         self._waivers = read_waivers(request.waivers or (Path(extras.waivers) if extras.waivers else None))
         self._setup = Setup(subject.target, self._seed, extras.modules)
-        self._all = catalogue(subject.spec, subject.target, self._seed, extras.modules)
+        self._all = catalogue_of(subject, self._seed)
         self._checks = select(
             self._all,
             self._levels,
@@ -179,7 +180,7 @@ class Session:
                 rest,
                 self._setup,
                 report,
-                self._request.jobs,
+                1 if level == PERFORMANCE else self._request.jobs,
                 lambda: any(r.status == lost for r in self._results.values()),
                 self._request.time_factor,
             )

@@ -5,13 +5,20 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 from core.contract.errors import PluginError
 from core.contract.interfaces import Device
-from core.contract.requests import DeviceRequest, ProbeRequest
+from core.contract.requests import (
+    ConformanceExtras,
+    ConformanceRequest,
+    DeviceRequest,
+    Floor,
+    ProbeRequest,
+)
 from core.contract.spec import BackendSpec
 from core.contract.types import DeviceInfo, Unavailable
 from core.plugins import BackendHandle, Plugins
@@ -111,6 +118,24 @@ class Subject:
                 f"backend {self.spec.name!r} has {len(found)} devices, none of index {self.target.index}"
             )
         return found[self.target.index]
+
+    @cached_property
+    def extras(self) -> ConformanceExtras:
+        """What the vendor brings to the suite."""
+        return self.handle.conformance(ConformanceRequest(version=self.spec.contract))
+
+    @property
+    def floors(self) -> tuple[Floor, ...]:
+        """Speeds that the device under test is held to, in the dtype under test; () without a device."""
+        try:
+            name = self.info.name
+        except BackendMissing:
+            return ()
+        return tuple(
+            floor
+            for floor in self.extras.floors
+            if floor.dtype == self.target.dtype and fnmatchcase(name, floor.device)
+        )
 
     @cached_property
     def device(self) -> Device:

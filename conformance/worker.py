@@ -81,9 +81,8 @@ def main() -> None:
 
     try:
         subject = Subject.of(setup.target)
-        checks = {
-            check.id: check for check in catalogue(subject.spec, setup.target, setup.seed, setup.modules)
-        }
+        found = catalogue(subject.spec, setup.target, setup.seed, setup.modules, subject.floors)
+        checks = {check.id: check for check in found}
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {error}"})
         return

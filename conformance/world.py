@@ -127,7 +127,7 @@ class World:
             layers=self.layers,
             groups=tuple(groups),
             group_of=tuple(range(len(groups))),
-            max_requests=MAX_REQUESTS,
+            max_requests=max(MAX_REQUESTS, len(self.lengths)),
         )
 
     @property

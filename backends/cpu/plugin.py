@@ -22,7 +22,10 @@ from core.contract.requests import (
     AllocatorRequest,
     AttentionKernelRequest,
     CommunicatorRequest,
+    ConformanceExtras,
+    ConformanceRequest,
     DeviceRequest,
+    Floor,
     OpsRequest,
     ProbeRequest,
     SpecRequest,
@@ -142,3 +145,16 @@ def core_communicator(request: CommunicatorRequest) -> Communicator:
             f"{SPEC.max_world_size} at most; use fewer"
         )
     return GlooCommunicator(request)
+
+
+@hookimpl
+def core_conformance(request: ConformanceRequest) -> ConformanceExtras:
+    """Floors for one thread of any processor: what falls below them has lost its vector code."""
+    floors = {
+        "products": 4e9,
+        "decode_attention": 3e8,
+        "prefill_attention": 4e9,
+        "block_copies": 1e9,
+        "engine": 500,
+    }
+    return ConformanceExtras(floors=tuple(Floor(measure=m, value=v) for m, v in floors.items()))

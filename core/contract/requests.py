@@ -113,11 +113,34 @@ class ConformanceRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Floor:
+    """A speed below which a backend does not fall on a device, by its vendor's word.
+
+    Attributes:
+        measure: "products", "decode_attention", "prefill_attention", "block_copies" or "engine".
+        value: in the measure's unit: FLOP/s, bytes/s, FLOP/s, bytes/s, tokens/s.
+        device: pattern of `DeviceInfo.name` ("*" and "?" as in file names). dtype: compute dtype.
+    """
+
+    measure: str
+    value: float
+    device: str = "*"
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConformanceExtras:
-    """Path of the vendor's waivers file (None = none), and modules with extra cases."""
+    """What a vendor brings to the suite.
+
+    Attributes:
+        waivers: path of its waivers file; None = none.
+        modules: names of modules with checks of its own.
+        floors: what its devices are held to.
+    """
 
     waivers: str | None = None
     modules: tuple[str, ...] = ()
+    floors: tuple[Floor, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,7 +176,7 @@ def test_a_run_goes_on_where_it_was_interrupted(subject: Subject, tmp_path: Path
 
 
 def test_a_level_without_cases_passes_nothing(subject: Subject, tmp_path: Path) -> None:
-    report = run(subject, tmp_path, levels="L6")
+    report = run(subject, tmp_path, levels="L7")
     assert report.exit_code == 5 and "no case" in (tmp_path / "report.md").read_text()
 
 

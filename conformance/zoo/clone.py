@@ -55,6 +55,8 @@ def edited(texts: dict[str, str], edits: Sequence[Edit]) -> dict[str, str]:
 
 def load(texts: dict[str, str], name: str) -> ModuleType:
     """Import the texts as package `name`; its module `plugin`."""
+    for old in [key for key in sys.modules if key.startswith(f"{name}.")]:
+        del sys.modules[old]  # of an earlier text under this name
     package = ModuleType(name)
     package.__path__ = []
     sys.modules[name] = package

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import textwrap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -184,16 +184,16 @@ def serve(
     from core.engine.engine import explain as resolve_only
     from core.env import api_key
 
-    name = server["served_model_name"] or Path(model).name
-    config = ServerConfig(**{**server, "api_key": server["api_key"] or api_key(), "served_model_name": name})
+    config = ServerConfig(**{**server, "api_key": server["api_key"] or api_key()})
+    name = config.served_model_name or Path(model).name
     if explain:
-        print_choices(resolve_only(engine_config(model, options)))
+        print_choices(resolve_only(engine_config(model, options)), config.choices(name))
         return
     from core.server.run import bind
     from core.server.run import serve as run
 
     with bind(config) as listener:
-        run(engine_config(model, options), config, listener, tell=typer.echo)
+        run(engine_config(model, options), replace(config, served_model_name=name), listener, tell=typer.echo)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -12,8 +12,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from core.contract.errors import ConfigError
-from core.engine.config import EngineConfig
-from core.engine.resolve import Resolution
+from core.engine.config import MAX_WAITING, EngineConfig
+from core.engine.resolve import Choice, Resolution
 
 _PAIRS = "backend_options"
 
@@ -84,13 +84,19 @@ def as_arguments(options: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def print_choices(resolution: Resolution) -> None:
-    """A table of options, values and reasons, then what the memory buys."""
+def print_choices(resolution: Resolution, server: Sequence[Choice] = ()) -> None:
+    """A table of options, values and reasons, then what the memory buys.
+
+    Args:
+        server: choices of a server that the engine is for.
+    """
     from rich.console import Console
     from rich.table import Table
 
     table = Table("option", "value", "why", box=None)
-    for choice in resolution.choices:
+    for choice in (*resolution.choices, *server):
+        if server and (choice.option, choice.value) == ("max_waiting", "-"):
+            choice = Choice("max_waiting", str(MAX_WAITING), "default of a server")
         table.add_row(choice.option, choice.value, choice.why)
     console = Console()
     console.print(table)

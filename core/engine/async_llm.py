@@ -23,7 +23,7 @@ from functools import partial
 
 from core.contract.errors import CoreError, EngineDead, QueueFullError, RequestError
 from core.engine.child import Child
-from core.engine.config import EngineConfig
+from core.engine.config import MAX_WAITING, EngineConfig
 from core.engine.link import Link
 from core.engine.messages import (
     AbortRequest,
@@ -45,9 +45,6 @@ from core.executor.failure import Failure
 from core.sampling.params import SamplingParams
 from core.scheduler import Request
 from core.tokenizer import Tokenizer, load_tokenizer
-
-MAX_WAITING = 1024
-"""Sequences that may wait where the configuration does not say."""
 
 _THREAD_CHARS = 1024
 """Texts longer than this are tokenized in a thread: they would hold every stream up."""

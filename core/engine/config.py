@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 from core.contract.errors import ConfigError
 
+MAX_WAITING = 1024
+"""Sequences that may wait in a server where the configuration does not say."""
+
 
 def option(default: Any, meaning: str, otherwise: str = "") -> Any:
     """A field with its meaning; `otherwise` = what is taken where it is None."""
@@ -53,7 +56,9 @@ class EngineConfig:
     )
     prefix_cache: bool = option(True, "requests with equal beginnings share KV blocks")
     policy: Literal["fcfs", "priority"] = option("fcfs", "order of waiting requests: fcfs or priority")
-    max_waiting: int | None = option(None, "requests beyond this many waiting are refused", "no limit")
+    max_waiting: int | None = option(
+        None, "requests beyond this many waiting are refused", "no limit; in a server 1024"
+    )
     overlap: int | None = option(None, "steps in flight", "what the backend declares")
     tensor_parallel: int = option(1, "ranks that share each layer")
     num_threads: int | None = option(None, "host threads of a rank", "the cores there are, divided by ranks")

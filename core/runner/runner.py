@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,7 @@ class Runner:
         self._is_serving = False
         self._pending: dict[int, _Pending] = {}
         self._state = allocator.allocate_state(plan)
+        self._is_state_lost = False
 
     def _program(self, layout: StepLayout) -> Program:
         key = None if self._spec.shapes.kind == "dynamic" else layout.bucket
@@ -135,21 +137,31 @@ class Runner:
 
         Without `sampling`, `sample` follows later, and before the next step.
         """
-        for group in sorted({c.group for c in copies}):
-            pairs = [(c.src, c.dst) for c in copies if c.group == group]
-            self._state = self._allocator.copy_blocks(
-                self._state, group, [src for src, _ in pairs], [dst for _, dst in pairs]
-            )
-        self._is_serving = True
-        program = self._program(batch.layout)
-        if prompts or sampling is None:
-            output, self._state = program.run(batch, self._state)
-            self._pending[batch.step_id] = _Pending(batch, output, None, tuple(prompts))
-            if sampling is not None:
-                self.sample(batch.step_id, sampling)
-        else:
-            tokens, self._state = program.run_and_sample(batch, sampling, self._state)
-            self._pending[batch.step_id] = _Pending(batch, None, tokens, ())
+        with self._passing_state():
+            for group in sorted({c.group for c in copies}):
+                pairs = [(c.src, c.dst) for c in copies if c.group == group]
+                self._state = self._allocator.copy_blocks(
+                    self._state, group, [src for src, _ in pairs], [dst for _, dst in pairs]
+                )
+            self._is_serving = True
+            program = self._program(batch.layout)
+            if prompts or sampling is None:
+                output, self._state = program.run(batch, self._state)
+                self._pending[batch.step_id] = _Pending(batch, output, None, tuple(prompts))
+                if sampling is not None:
+                    self.sample(batch.step_id, sampling)
+            else:
+                tokens, self._state = program.run_and_sample(batch, sampling, self._state)
+                self._pending[batch.step_id] = _Pending(batch, None, tokens, ())
+
+    @contextmanager
+    def _passing_state(self) -> Iterator[None]:
+        """A call that fails or is interrupted may have used the state up without giving the next one."""
+        try:
+            yield
+        except BaseException:
+            self._is_state_lost = True
+            raise
 
     def sample(self, step_id: int, sampling: SamplingBatch) -> None:
         """Queue the sampling of a step that was submitted without it.
@@ -161,7 +173,8 @@ class Runner:
         if pending is None or pending.output is None or pending.tokens is not None:
             raise DeviceError(f"step {step_id} does not wait for its sampling")
         program = self._program(pending.batch.layout)
-        pending.tokens, self._state = program.sample(pending.output, pending.batch, sampling, self._state)
+        with self._passing_state():
+            pending.tokens, self._state = program.sample(pending.output, pending.batch, sampling, self._state)
         if not pending.prompts:
             pending.output = None
 
@@ -187,4 +200,5 @@ class Runner:
             self._device.synchronize()
         self._pending.clear()
         self._programs.clear()
-        self._allocator.free_state(self._state)
+        with suppress(DeviceError) if self._is_state_lost else nullcontext():
+            self._allocator.free_state(self._state)

@@ -1,11 +1,13 @@
-"""ServerConfig: the options of the server beside the engine's."""
+"""ServerConfig: the options of the server beside the engine's, and what they come to."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from math import inf
 
 from core.contract.errors import ConfigError
 from core.engine.config import option
+from core.engine.resolve import Choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,21 @@ class ServerConfig:
             raise ConfigError(f"port is {self.port}; it must be 0 to 65535")
         if self.api_key is not None and not self.api_key:
             raise ConfigError("api_key is empty; leave it out, or set a key")
-        for name in ("drain_timeout_s", "max_body_bytes", "max_prompts"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be more than 0")
+        for name in ("request_timeout_s", "drain_timeout_s", "max_body_bytes", "max_prompts"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                raise ConfigError(f"{name} is {value}; it must be more than 0")
+
+    def choices(self, model_name: str) -> tuple[Choice, ...]:
+        """What each option comes to, and why. A key is not shown."""
+        found = []
+        for f in fields(self):
+            value, why = getattr(self, f.name), str(f.metadata["otherwise"])
+            if f.name == "served_model_name" and value is None:
+                found.append(Choice(f.name, model_name, why))
+            elif value is None:
+                found.append(Choice(f.name, "-", why))
+            else:
+                text = "(set)" if f.name == "api_key" else str(value)
+                found.append(Choice(f.name, text, "default" if value == f.default else "given"))
+        return tuple(found)

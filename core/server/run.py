@@ -69,14 +69,27 @@ def _server_class() -> type[Any]:
     import uvicorn
 
     class Server(uvicorn.Server):
+        _drained: asyncio.Task[bool] | None = None
+
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
 
-        def leave(self) -> None:
-            """First call: take no connection and let running requests finish; second: cut them off."""
-            self.force_exit = self.should_exit
+        def leave(self, engine: AsyncLLM, timeout_s: float) -> None:
+            """First call: take no request and let running ones finish; second: cut them off."""
+            if self._drained is None:
+                self._drained = asyncio.ensure_future(engine.drain(timeout_s))
+            else:
+                self._drained.cancel()
+                self.force_exit = True
             self.should_exit = True
+
+        def ending(self) -> str:
+            """What became of the requests that ran."""
+            drained = self._drained
+            if drained is not None and drained.done() and not drained.cancelled() and drained.result():
+                return "every request had its answer"
+            return "requests that still ran were cut off"
 
     return Server
 
@@ -101,7 +114,7 @@ async def _serve(
         server = _server_class()(settings)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, server.leave)
+            loop.add_signal_handler(number, server.leave, engine, config.drain_timeout_s)
         tell(f"serving {name} on http://{host}:{port}/v1")
         await server.serve(sockets=[listener])
-        tell("ended: running requests were let finish")
+        tell(f"ended: {server.ending()}")

@@ -34,6 +34,11 @@ def test_a_text_that_has_changed_is_noticed() -> None:
         edited(sources(), [("attention", "no such text", "")])
 
 
+def test_a_second_fault_takes_the_place_of_the_first() -> None:
+    first = planted("window-off-by-one:1")
+    assert planted("seed-ignored:") is not first
+
+
 def test_the_clean_clone_raises_no_alarm() -> None:
     plugins = Plugins(disabled=frozenset())
     target = Target("cpu_reference")

@@ -146,3 +146,19 @@ def test_an_interrupted_submission_ends_the_engine_with_its_reason(
         engine.step()
     with pytest.raises(EngineDead, match="interrupted while a step was being submitted"):
         engine.step()
+
+
+def test_an_engine_closes_after_an_interrupt_took_its_state(tiny_folder: Callable[[str], Path]) -> None:
+    engine = Engine(EngineConfig(model=tiny_folder("llama"), backend="cpu_reference", max_model_len=64))
+    engine.add("a", [5, 6], PARAMS)
+    engine.step()
+    runner = engine._executor._worker.runner  # type: ignore[attr-defined]
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for program in runner._programs.values():
+        program._fn = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    engine.close()

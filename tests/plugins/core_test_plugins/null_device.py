@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,13 +93,22 @@ class NullDevice:
     """
 
     def __init__(self, spec: BackendSpec, request: DeviceRequest) -> None:
-        known = {"delay": 0, "vocab": 256, "eos": -1, "eos_every": 0, "fail_step": -1, "memory": 1 << 26}
+        known = {
+            "delay": 0,
+            "vocab": 256,
+            "eos": -1,
+            "eos_every": 0,
+            "fail_step": -1,
+            "memory": 1 << 26,
+            "step_ms": 0,
+        }
         for name, text in request.options.items():
             if name not in known:
                 raise ConfigError(f"backend {spec.name!r} has no option {name!r}; it has {', '.join(known)}")
             known[name] = int(text)
         self.serves_any_shape = spec.shapes.kind == "dynamic"
         self.delay, self.vocab = known["delay"], known["vocab"]
+        self._step_s = known["step_ms"] / 1000
         self.eos = None if known["eos"] < 0 else known["eos"]
         self.eos_every, self.fail_step, self._memory = known["eos_every"], known["fail_step"], known["memory"]
         self.log: list[StepRecord] = []
@@ -163,6 +173,7 @@ class NullDevice:
     def submit(self, batch: StepBatch, shadows: Sequence[Int32 | None]) -> StepRecord:
         """Record a step and check it against those in flight and against what the caches hold."""
         self.check_open()
+        time.sleep(self._step_s)
         if len(self.log) == self.fail_step:
             raise DeviceError(f"the null device fails at step {self.fail_step}, as its options say")
         record = StepRecord(

@@ -76,10 +76,12 @@ class _Choice:
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._stop = params.stop
         self._keeps_stop = params.include_stop_str_in_output
+        self._min_tokens = params.min_tokens
         self._searched = 0
+        self._settled = 0  # a stop text that was complete here came before `min_tokens` tokens
         self._detokenizer = (
             IncrementalDetokenizer(tokenizer, request.prompt_ids, params.skip_special_tokens)
-            if params.detokenize or params.stop
+            if params.detokenize
             else None
         )
 
@@ -89,10 +91,17 @@ class _Choice:
         if self._detokenizer is None:
             return None
         self.text += self._detokenizer.add([token])
+        if len(self.ids) < self._min_tokens:
+            self._settled = len(self.text)
+            return None
         return self._find_stop()
 
     def _find_stop(self) -> str | None:
-        found = [(at, stop) for stop in self._stop if (at := self.text.find(stop, self._searched)) >= 0]
+        found = []
+        for stop in self._stop:
+            start = max(self._searched, self._settled - len(stop) + 1)
+            if (at := self.text.find(stop, start)) >= 0:
+                found.append((at, stop))
         if found:
             at, stop = min(found)
             self.text = self.text[: at + len(stop) if self._keeps_stop else at]

@@ -34,7 +34,8 @@ class SamplingParams:
         min_p: only tokens at least this times as likely as the most likely one.
         seed: 64-bit seed; None = one is drawn when the request is added.
         max_tokens: tokens to generate at most; None = up to the maximum model length.
-        stop: texts that end the output; they are not part of it.
+        stop: texts that end the output; they are not part of it. One that is complete before `min_tokens`
+            tokens does not end it.
         stop_token_ids: ids that end the output, besides the model's own.
         ignore_eos: go on after the model's end-of-sequence id.
         min_tokens: the ids that end the output are not drawn before this many tokens.
@@ -120,6 +121,11 @@ class SamplingParams:
         _check("repetition_penalty", penalty, 1e-6 <= penalty <= 1e6, "in [1e-6, 1e6] (1 = none)")
         self._check_ids()
         _check("stop", self.stop, all(self.stop), "made of texts that are not empty")
+        if self.stop and not self.detokenize:
+            raise RequestError(
+                "stop has texts, but detokenize is False, so there is no text to find them in; use "
+                "stop_token_ids, or leave detokenize on"
+            )
         if len(self.stop) > MAX_STOPS or sum(map(len, self.stop)) > MAX_STOP_CHARACTERS:
             raise RequestError(
                 f"stop has {len(self.stop)} texts of {sum(map(len, self.stop))} characters; it may have "

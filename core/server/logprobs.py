@@ -6,10 +6,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from core.engine.outputs import Logprob, RequestOutput
-from core.tokenizer import Tokenizer
+from core.tokenizer import IncrementalDetokenizer, Tokenizer
 
 Json = dict[str, Any]
 Found = Sequence[Mapping[int, Logprob] | None]
+
+
+class Offsets:
+    """Where each token begins in the text of an answer, in characters.
+
+    A token that is a part of a character only begins where that character does.
+
+    Args:
+        before: ids that the tokens follow. hides_special: special tokens have no place in the text.
+        start: characters of text before the first token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int], hides_special: bool, start: int) -> None:
+        self._stream = IncrementalDetokenizer(tokenizer, before, hides_special)
+        self._at = start
+
+    def of(self, ids: Sequence[int]) -> list[int]:
+        """The offsets of the next tokens."""
+        found = []
+        for i in ids:
+            found.append(self._at)
+            self._at += len(self._stream.add([i]))
+        return found
 
 
 class LogprobWriter:
@@ -34,20 +57,17 @@ class LogprobWriter:
             self._texts[token] = found
         return found
 
-    def completion(self, ids: Sequence[int], found: Found, start: int) -> Json:
-        """Of /v1/completions: parallel lists; `start` = characters of text before the first token."""
+    def completion(self, ids: Sequence[int], found: Found, offsets: Offsets) -> Json:
+        """Of /v1/completions: parallel lists."""
         tokens = [self.text(i) for i in ids]
-        offsets, at = [], start
-        for token in tokens:
-            offsets.append(at)
-            at += len(token)
         own = [None if f is None else f[i].logprob for i, f in zip(ids, found, strict=False)]
         top = [None if f is None else {self.text(i): p.logprob for i, p in f.items()} for f in found]
-        return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets}
+        return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets.of(ids)}
 
-    def prompt(self, output: RequestOutput) -> Json:
-        """The same of the prompt's tokens; the first has none."""
-        return self.completion(output.prompt_token_ids, output.prompt_logprobs or (), 0)
+    def prompt(self, output: RequestOutput, is_text: bool) -> Json:
+        """The same of the prompt's tokens; the first has none. `is_text`: it was not given as token ids."""
+        offsets = Offsets(self._tokenizer, (), is_text, 0)
+        return self.completion(output.prompt_token_ids, output.prompt_logprobs or (), offsets)
 
     def joined(self, first: Json, second: Json) -> Json:
         """Prompt and output in one."""

@@ -11,14 +11,14 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from core.contract.errors import CoreError, EngineDead, RequestError
+from core.contract.errors import RequestError
 from core.engine.async_llm import AsyncLLM
 from core.engine.outputs import CompletionOutput, RequestOutput
 from core.sampling.params import SamplingParams
 from core.server import errors
 from core.server.config import ServerConfig
 from core.server.deltas import Delta, Growth
-from core.server.logprobs import LogprobWriter
+from core.server.logprobs import LogprobWriter, Offsets
 from core.server.metrics import ServerMetrics
 from core.server.protocol import ChatRequest, CompletionRequest, _Common
 from core.tokenizer import apply_chat_template
@@ -66,7 +66,7 @@ class Service:
         """The same as server-sent events."""
         job = self._completion_job(request)
         growth = [Growth(job.params) for _ in job.prompts]
-        starts = [[0] * request.n for _ in job.prompts]
+        offsets: dict[tuple[int, int], Offsets] = {}
         has_begun = [False] * len(job.prompts)
         latest: dict[int, RequestOutput] = {}
         head = job.head("text_completion")
@@ -75,13 +75,16 @@ class Service:
                 latest[p] = output
                 if request.echo and not has_begun[p]:
                     for i in range(request.n):
-                        choice = self._echo_choice(request, job, p, output, i)
-                        starts[p][i] = len(choice["text"])
-                        yield _event({**head, "choices": [choice]})
+                        yield _event({**head, "choices": [self._echo_choice(request, job, p, output, i)]})
                 has_begun[p] = True
                 for delta in filter(None, map(growth[p].take, output.outputs)):
-                    choice = self._delta_choice(request, job, p, delta, starts[p][delta.index])
-                    starts[p][delta.index] += len(delta.text)
+                    place = (p, delta.index)
+                    is_first = place not in offsets
+                    if is_first:
+                        offsets[place] = self._offsets(request, job.prompts[p], output)
+                    choice = self._delta_choice(request, p, delta, offsets[place])
+                    if is_first:
+                        choice |= self._of_prompt(request, output)
                     yield _event({**head, "choices": [choice], **_running_usage(request, latest)})
         for event in self._closing(request, head, latest):
             yield event
@@ -107,9 +110,11 @@ class Service:
         echo = self._prompt_text(job.prompts[p], output) if request.echo else ""
         logprobs = None
         if request.logprobs is not None:
-            logprobs = self._writer.completion(choice.token_ids, choice.logprobs or (), len(echo))
+            offsets = self._offsets(request, job.prompts[p], output)
+            logprobs = self._writer.completion(choice.token_ids, choice.logprobs or (), offsets)
             if request.echo:
-                logprobs = self._writer.joined(self._writer.prompt(output), logprobs)
+                is_text = isinstance(job.prompts[p], str)
+                logprobs = self._writer.joined(self._writer.prompt(output, is_text), logprobs)
         found: Json = {
             "index": p * request.n + choice.index,
             "text": echo + choice.text,
@@ -117,11 +122,9 @@ class Service:
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }
-        if request.prompt_logprobs is not None:
-            found["prompt_logprobs"] = self._writer.plain(output.prompt_logprobs)
         if request.return_token_ids:
-            found["token_ids"], found["prompt_token_ids"] = choice.token_ids, output.prompt_token_ids
-        return found
+            found["token_ids"] = choice.token_ids
+        return found | self._of_prompt(request, output)
 
     def _echo_choice(
         self, request: CompletionRequest, job: _Job, p: int, output: RequestOutput, i: int
@@ -130,16 +133,21 @@ class Service:
         return {
             "index": p * request.n + i,
             "text": self._prompt_text(job.prompts[p], output),
-            "logprobs": self._writer.prompt(output) if wants else None,
+            "logprobs": self._writer.prompt(output, isinstance(job.prompts[p], str)) if wants else None,
             "finish_reason": None,
         }
 
-    def _delta_choice(self, request: CompletionRequest, job: _Job, p: int, delta: Delta, start: int) -> Json:
+    def _offsets(self, request: CompletionRequest, prompt: Prompt, output: RequestOutput) -> Offsets:
+        """Of a continuation's tokens, in the text of its choice."""
+        start = len(self._prompt_text(prompt, output)) if request.echo else 0
+        return Offsets(self.engine.tokenizer, output.prompt_token_ids, request.skip_special_tokens, start)
+
+    def _delta_choice(self, request: CompletionRequest, p: int, delta: Delta, offsets: Offsets) -> Json:
         wants = request.logprobs is not None
         found: Json = {
             "index": p * request.n + delta.index,
             "text": delta.text,
-            "logprobs": self._writer.completion(delta.token_ids, delta.logprobs or (), start)
+            "logprobs": self._writer.completion(delta.token_ids, delta.logprobs or (), offsets)
             if wants
             else None,
             "finish_reason": delta.finish_reason,
@@ -147,6 +155,15 @@ class Service:
         }
         if request.return_token_ids:
             found["token_ids"] = delta.token_ids
+        return found
+
+    def _of_prompt(self, request: _Common, output: RequestOutput) -> Json:
+        """What a choice says of its prompt, once."""
+        found: Json = {}
+        if request.prompt_logprobs is not None:
+            found["prompt_logprobs"] = self._writer.plain(output.prompt_logprobs)
+        if request.return_token_ids:
+            found["prompt_token_ids"] = output.prompt_token_ids
         return found
 
     def _prompt_text(self, prompt: Prompt, output: RequestOutput) -> str:
@@ -182,6 +199,7 @@ class Service:
         head = job.head("chat.completion.chunk")
         growth = Growth(job.params)
         latest: dict[int, RequestOutput] = {}
+        told: set[int] = set()
         async with aclosing(self._run(job)) as outputs:
             async for _, output in outputs:
                 if not latest:
@@ -202,6 +220,9 @@ class Service:
                     }
                     if request.return_token_ids:
                         choice["token_ids"] = delta.token_ids
+                        if delta.index not in told:
+                            choice["prompt_token_ids"] = output.prompt_token_ids
+                        told.add(delta.index)
                     yield _event({**head, "choices": [choice], **_running_usage(request, latest)})
         for event in self._closing(request, head, latest):
             yield event
@@ -414,6 +435,3 @@ def _event(value: Json) -> bytes:
 def error_event(error: Exception) -> bytes:
     """The last event of a stream that failed after it had begun."""
     return _event(errors.answer(error)[1])
-
-
-__all__ = ["CoreError", "EngineDead", "ModelNotFound", "Service", "error_event"]

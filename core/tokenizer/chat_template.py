@@ -62,15 +62,18 @@ def apply_chat_template(
             f"the chat template has {len(template)} characters, {MAX_TEMPLATE} at most are read; use "
             "another one"
         )
-    names = {
-        **(variables or {}),
+    own = {
         "messages": list(messages),
         "tools": None if tools is None else list(tools),
-        "documents": None,
         "add_generation_prompt": add_generation_prompt,
         "bos_token": bos_token,
         "eos_token": eos_token,
     }
+    if taken := own.keys() & (variables or {}).keys():
+        raise RequestError(
+            f"{min(taken)!r} is no free variable of a chat template; give it by its own name, beside messages"
+        )
+    names = {"documents": None, **(variables or {}), **own}
     try:
         request = json.dumps({"template": template, "names": _plain(names), "seconds": MAX_SECONDS})
     except (RecursionError, ValueError) as e:

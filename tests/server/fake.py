@@ -21,6 +21,8 @@ class FakeTokenizer:
     )
     tool_template: str | None = None
     bos_token = eos_token = ""
+    special_ids: frozenset[int] = frozenset()
+    vocab_size = 0x110000
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(c) for c in text]

@@ -79,9 +79,16 @@ def test_the_samples_template_equals_that_of_transformers(sample_model: Path) ->
 
 
 def test_further_variables_reach_the_template_but_do_not_replace_its_own() -> None:
-    template = "{{ enable_thinking }} {{ bos_token }} {{ messages | length }}"
-    variables = {"enable_thinking": False, "bos_token": "x", "messages": [1, 2]}
-    assert apply_chat_template(template, [], False, "<s>", "</s>", variables=variables) == "False <s> 0"
+    template = "{{ enable_thinking }} {{ bos_token }} {{ documents | length }}"
+    variables = {"enable_thinking": False, "documents": [1, 2]}
+    assert apply_chat_template(template, [], False, "<s>", "</s>", variables=variables) == "False <s> 2"
+    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token"):
+        with pytest.raises(RequestError, match=f"'{name}' is no free variable"):
+            apply_chat_template(template, [], False, "<s>", "</s>", variables={name: 1})
+
+
+def test_documents_are_none_where_none_are_given() -> None:
+    assert apply_chat_template("{{ documents is none }}", [], False, "", "") == "True"
 
 
 def test_a_template_that_refuses_tells_the_request_why() -> None:

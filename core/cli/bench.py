@@ -20,8 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
-from core.cli.options import with_engine_options
+from core.cli.options import with_engine_options, with_options
 from core.contract.errors import ConfigError
+from core.engine.config import EngineConfig
 from core.engine.resolve import Resolution
 from core.scheduler import check_prompt_length
 
@@ -74,7 +75,7 @@ def throughput(
 
 
 @bench.command()
-@with_engine_options
+@with_options(EngineConfig, "options", prefix_cache=False)
 def latency(
     model: Model,
     options: Options,
@@ -90,7 +91,7 @@ def latency(
 
     with LLM(
         model,
-        **{**options, "prefix_cache": False},
+        **options,
         show_progress=sys.stderr.isatty(),
         on_resolved=_fits(input_len),
     ) as llm:
@@ -174,8 +175,8 @@ def serve(
     request_rate: Annotated[
         float | None, typer.Option(help="Requests per second, arriving at random; not given: all at once.")
     ] = None,
-    max_concurrency: Annotated[int | None, typer.Option(help="Requests at once at most.")] = None,
-    vocab_size: Annotated[int, typer.Option(help="Random ids are below this.")] = _LAST_ID,
+    max_concurrency: Annotated[int | None, typer.Option(min=1, help="Requests at once at most.")] = None,
+    vocab_size: Annotated[int, typer.Option(min=8, help="Random ids are below this.")] = _LAST_ID,
     api_key: Annotated[str | None, typer.Option(help="The server's key.")] = None,
     seed: Seed = 0,
     output: Output = None,
@@ -183,6 +184,8 @@ def serve(
     """Load a running server of the OpenAI API and measure what its clients see."""
     from core.env import api_key as environment_key
 
+    if request_rate is not None and not 0 < request_rate < float("inf"):
+        raise ConfigError(f"--request-rate is {request_rate:g}; a number above 0 is wanted")
     prompts = random_prompts(num_prompts, input_len, vocab_size, seed)
     figures = asyncio.run(
         _load(url, api_key or environment_key(), prompts, output_len, request_rate, max_concurrency, seed)

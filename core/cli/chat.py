@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,19 +38,57 @@ def talk(model: str, options: Mapping[str, Any], system: str, params: SamplingPa
             print(f"{llm.engine.backend.name}, {llm.engine.dtype}; an empty line ends the conversation")
         while line := _read(is_terminal):
             messages.append({"role": "user", "content": line})
-            shown = ""
-            try:
-                for output in llm.stream([llm.chat_prompt(messages)], params):
-                    text = output.outputs[0].text
-                    print(text[len(shown) :], end="", flush=True)
-                    shown = text
-            finally:
-                print(flush=True)
-            messages.append({"role": "assistant", "content": shown})
+            messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
+
+
+def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) -> str:
+    """The answer, printed as it grows. An interrupt ends it where it is, and the conversation goes on."""
+    shown = ""
+    interrupts = Interrupts()
+    try:
+        with interrupts:
+            for output in llm.stream([llm.chat_prompt(messages)], params):
+                text = output.outputs[0].text
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+                if interrupts.count:
+                    break
+    finally:
+        print(flush=True)
+    return shown
+
+
+class Interrupts:
+    """Counts interrupts (Ctrl-C) while it is open, so that none cuts a step of the engine in two.
+
+    The third one is raised: the engine does not answer.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: Any = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.getsignal(signal.SIGINT)
+            if self._before is not signal.SIG_IGN:
+                signal.signal(signal.SIGINT, self._take)
+
+    def _take(self, *_: object) -> None:
+        self.count += 1
+        if self.count > 2:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_: object) -> None:
+        if self._before not in (None, signal.SIG_IGN):
+            signal.signal(signal.SIGINT, self._before)
 
 
 def _read(is_terminal: bool) -> str:
+    """A line; "" at its end, or where an interrupt comes in place of one."""
     try:
         return input("> " if is_terminal else "").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
+        if is_terminal:
+            print()
         return ""

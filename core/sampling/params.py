@@ -172,8 +172,10 @@ class SamplingParams:
         return self.is_penalized or any(len(ban) > 1 for ban in self.bad_words_ids)
 
     def resolved(self, encode: Callable[[str], list[int]]) -> SamplingParams:
-        """These parameters with `bad_words` as ids: of each text as it is and after a space, since a word has
-        other tokens inside a text than at its beginning. The original where there is none.
+        """These parameters with `bad_words` as ids; the original where there is none.
+
+        Each text is banned as it is at the beginning of a text, after a space and after a sign, since it has
+        other tokens in each place.
 
         Args:
             encode: token ids of a text, without special tokens.
@@ -187,6 +189,7 @@ class SamplingParams:
         for word in self.bad_words:
             texts = (word,) if word[0].isspace() else (word, " " + word)
             found = [tuple(ids) for text in texts if (ids := encode(text))]
+            found += _after_a_sign(word, encode)
             if not found:
                 raise RequestError(
                     f"the bad word {word!r} has no tokens in this model's vocabulary; leave it out"
@@ -217,6 +220,18 @@ class SamplingParams:
                 "logit_bias, allowed_token_ids, bad words and min_tokens together may leave no token to "
                 "draw; allow one more"
             )
+
+
+_SIGNS = ("(", "\n", '"')
+
+
+def _after_a_sign(text: str, encode: Callable[[str], list[int]]) -> list[tuple[int, ...]]:
+    """The text's ids where it follows a sign without a space; [] where no sign stays a token of its own."""
+    for sign in _SIGNS:
+        before, ids = encode(sign), encode(sign + text)
+        if ids[: len(before)] == before and len(ids) > len(before):
+            return [tuple(ids[len(before) :])]
+    return []
 
 
 def _check(name: str, value: object, held: bool, wanted: str) -> None:

@@ -135,7 +135,7 @@ class FastTokenizer:
         try:
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except (UnicodeEncodeError, TypeError) as e:
-            raise RequestError(f"the prompt is not valid Unicode text ({e}); send it as UTF-8") from None
+            raise RequestError(f"the text is not valid Unicode ({e}); send it as UTF-8") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """See `Tokenizer`."""

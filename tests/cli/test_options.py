@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -172,6 +175,51 @@ def test_a_chat_that_cannot_be_is_refused_before_weights_are_read(
     path = served(template)
     with pytest.raises((ConfigError, RequestError), match=words):
         invoke("chat", str(path), "--backend", "cpu_reference", "--max-model-len", "64", *arguments)
+
+
+def test_an_interrupt_ends_the_answer_and_not_the_conversation(served: Callable[[str | None], Path]) -> None:
+    path = served("{% for m in messages %}{{ m.content }}{% endfor %}")
+    code = "from core.cli import main; main()"
+    arguments = ["chat", str(path), "--backend", "cpu_reference", "--max-tokens", "400", "--temperature", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A test run in the background ignores interrupts, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdin is not None and process.stdout is not None
+    for _ in range(2):
+        process.stdin.write(b"the quick\n")
+        process.stdin.flush()
+        assert process.stdout.read(4)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline().endswith(b"\n")
+    rest, errors = process.communicate(timeout=60)
+    assert (process.returncode, rest) == (0, b""), errors.decode()
+
+
+def test_latency_uses_the_prefix_cache_where_it_is_asked_to(
+    served: Callable[[str | None], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[EngineConfig] = []
+
+    def engine(config: EngineConfig, **_: Any) -> None:
+        told.append(config)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("core.engine.llm.Engine", engine)
+    path = served("x")
+    for arguments in ((), ("--prefix-cache",)):
+        with pytest.raises(ConfigError, match="far enough"):
+            invoke("bench", "latency", str(path), *arguments)
+    assert [config.prefix_cache for config in told] == [False, True]
+
+
+def test_a_rate_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--request-rate is 0; a number above 0"):
+        invoke("bench", "serve", "--request-rate", "0")
 
 
 @pytest.mark.parametrize("name", ["throughput", "latency"])

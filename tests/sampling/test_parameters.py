@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tokenizers import Tokenizer
 
 from core.contract.errors import RequestError
 from core.contract.types import SamplingBatch
 from core.runner.sampling import allowed_mask
 from core.sampling.params import SamplingParams
 from core.sampling.reference import penalize, sample
+from tests.tokenizer.small import byte_fallback
 
 Float32 = npt.NDArray[np.float32]
 V = 70
@@ -238,11 +241,35 @@ def test_bans_are_held_against_the_vocabulary() -> None:
 
 
 def test_bad_words_are_banned_at_the_beginning_and_inside_of_a_text() -> None:
-    tokens = {"cat": [1, 2], " cat": [3], "\n": [4], "none": [], " none": []}
+    tokens = {
+        "cat": [1, 2],
+        " cat": [3],
+        "\n": [4],
+        "none": [],
+        " none": [],
+        "(": [5],
+        "(cat": [5, 6],
+        "(\n": [8],
+    }
+    tokens |= {"\n\n": [4, 4]}
     params = SamplingParams(bad_words=("cat", "\n"), bad_words_ids=((9,),)).resolved(lambda t: tokens[t])
-    assert params.bad_words_ids == ((9,), (1, 2), (3,), (4,)) and not params.bad_words
+    assert params.bad_words_ids == ((9,), (1, 2), (3,), (6,), (4,)) and not params.bad_words
     with pytest.raises(RequestError, match="'none' has no tokens"):
         SamplingParams(bad_words="none").resolved(lambda t: tokens[t])  # type: ignore[arg-type]
+
+
+def test_a_bad_word_is_banned_inside_a_word_of_a_vocabulary_that_marks_beginnings() -> None:
+    tokenizer = byte_fallback()
+    encode = partial(_ids, tokenizer)
+    params = SamplingParams(bad_words=("he",)).resolved(encode)
+    banned = {tuple(tokenizer.id_to_token(i) for i in ban) for ban in params.bad_words_ids}
+    assert {("\u2581he",), ("he",)} <= banned
+    assert encode("(he")[-1:] in map(list, params.bad_words_ids)
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return found
 
 
 @pytest.mark.parametrize("temperature", [1e-7, 1e-40, 5e-324])

@@ -251,7 +251,7 @@ def test_bad_words_are_banned_at_the_beginning_and_inside_of_a_text() -> None:
         "(cat": [5, 6],
         "(\n": [8],
     }
-    tokens |= {"\n\n": [4, 4]}
+    tokens |= {"\n\n": [4, 4], "(none": [5], "\nnone": [4], '"none': [7], '"': [7]}
     params = SamplingParams(bad_words=("cat", "\n"), bad_words_ids=((9,),)).resolved(lambda t: tokens[t])
     assert params.bad_words_ids == ((9,), (1, 2), (3,), (6,), (4,)) and not params.bad_words
     with pytest.raises(RequestError, match="'none' has no tokens"):

@@ -23,7 +23,7 @@ def loading_bar(name: str, show: bool) -> Iterator[Progress | None]:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("loading {task.description}"),
+        TextColumn("{task.fields[phase]} {task.description}"),
         BarColumn(),
         DownloadColumn(),
         TextColumn("{task.fields[tensors]} tensors"),
@@ -31,13 +31,14 @@ def loading_bar(name: str, show: bool) -> Iterator[Progress | None]:
     )
     last: LoadState | None = None
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=None, tensors="0", speed=0.0)
+        task = bar.add_task(name, total=None, tensors="0", speed=0.0, phase="loading")
 
         def tell(state: LoadState) -> None:
             nonlocal last
             last = state
             bar.update(
                 task,
+                phase=state.phase,
                 completed=state.bytes_done,
                 total=state.bytes_total,
                 tensors=f"{state.tensors_done}/{state.tensors_total}",

@@ -37,9 +37,10 @@ from core.runner.buckets import Buckets
 from core.runner.builder import BatchBuilder
 from core.sampling.params import SamplingParams
 from core.scheduler import Event, Request, Scheduler, SchedulerConfig, StepPlan
-from core.weights.checkpoint import open_checkpoint
+from core.weights.checkpoint import Checkpoint, open_checkpoint
 from core.weights.checks import check_checkpoint
 from core.weights.loader import Progress
+from core.weights.verify import verify_values
 
 _LOGIT_BYTES = 128 * 2**20
 """Logits, in float32 on the host, of a step of which those of all tokens are wanted, at most."""
@@ -54,6 +55,7 @@ class _Opened:
     model: ModelConfig
     executor: Executor
     observers: Observers
+    verify: Callable[[Progress | None], None]
 
 
 def _open(config: EngineConfig, plugins: Plugins | None) -> _Opened:
@@ -63,7 +65,7 @@ def _open(config: EngineConfig, plugins: Plugins | None) -> _Opened:
     selection = plugins.select(config.backend)
     spec = selection.spec
     _check_ranks(config, spec)
-    with closing(open_checkpoint(config.model, config.load_format)) as checkpoint:
+    with _checkpoint(config) as checkpoint:
         definition, model = read_model(checkpoint)
         dtype, _ = choose_dtype(spec, config.dtype, model.dtype)
         local = model.local(config.tensor_parallel)
@@ -74,7 +76,16 @@ def _open(config: EngineConfig, plugins: Plugins | None) -> _Opened:
     kind = MultiprocessExecutor if config.tensor_parallel > 1 else InlineExecutor
     backend = plugins.backend(spec.name)
     observers = Observers(plugins.observers(ObserverRequest(engine=config.model.name)))
-    return _Opened(backend, selection.reason, model, kind(config, backend), observers)
+
+    def verify(progress: Progress | None) -> None:
+        with _checkpoint(config) as checkpoint:
+            verify_values(definition, model, checkpoint, progress)
+
+    return _Opened(backend, selection.reason, model, kind(config, backend), observers, verify)
+
+
+def _checkpoint(config: EngineConfig) -> closing[Checkpoint]:
+    return closing(open_checkpoint(config.model, config.load_format))
 
 
 def _check_ranks(config: EngineConfig, spec: BackendSpec) -> None:
@@ -145,6 +156,7 @@ class Engine:
             decision(self.resolution.summary())
             if on_resolved is not None:
                 on_resolved(self.resolution)
+            opened.verify(progress)
             self._start(progress, clock)
         except BaseException:
             self._executor.close()

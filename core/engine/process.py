@@ -166,7 +166,7 @@ class EngineProcess:
     def _progress(self, state: LoadState) -> None:
         self._phase = "loading"
         now, is_done = time.monotonic(), state.tensors_done == state.tensors_total
-        text = f"loading weights: {state.sentence()}"
+        text = f"{state.phase} weights: {state.sentence()}"
         if text != self._told and (now - self._last_progress >= _PROGRESS_S or is_done):
             self._last_progress, self._told = now, text
             self._send(Progress(text))

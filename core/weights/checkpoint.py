@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +16,24 @@ from core.weights.kinds import is_gguf, not_a_model
 
 Index = tuple[slice, ...]
 """One slice per dimension, step 1."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a file, before anything is decoded.
+
+    Attributes:
+        name: in the file. array: its values, or uint8 [blocks, block bytes]; a view of the mapped file.
+        kind: what the array holds: "values", "e8m0" (scales that are exponents), or blocks, by the name that
+            GGUF has for their type.
+        limit: values beyond this magnitude are as wrong as infinite ones.
+    """
+
+    file: Path
+    name: str
+    array: npt.NDArray[Any]
+    kind: str = "values"
+    limit: float = inf
 
 
 class Checkpoint(Protocol):
@@ -50,6 +70,9 @@ class Checkpoint(Protocol):
             WeightError: there is no such tensor, or `index` has another number of dimensions. So do `shape`,
             `dtype` and `nbytes` for a missing tensor.
         """
+
+    def stored(self, names: Collection[str]) -> Iterator[StoredTensor]:
+        """What the files hold of these tensors, as it is stored, each once; nothing of it is read."""
 
     def source(self, name: str) -> Path:
         """The file that holds a tensor, for messages."""

@@ -1,37 +1,26 @@
-"""Whether a checkpoint is the model that its configuration describes, and whether its values are numbers.
+"""Whether a checkpoint is the model that its configuration describes.
 
-`check_checkpoint` reads headers and, for a tied head, a few rows; it runs before a device is opened. Values
-are looked at while they are loaded (`check_finite`), because that reads all of them.
+`check_checkpoint` reads headers and, for a tied head, a few rows; it runs before a device is opened.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from core.contract.errors import ConfigError, WeightError
 from core.contract.types import Param, Part
 from core.models.base import ModelDefinition, leaves
 from core.models.config import ModelConfig
-from core.weights.checkpoint import BLOCKS, Checkpoint
+from core.weights.checkpoint import Checkpoint
 
-_FLOATS = {
-    np.dtype(np.float64): (np.uint64, 0x7FF0 << 48),
-    np.dtype(np.float32): (np.uint32, 0x7F80 << 16),
-    np.dtype(np.float16): (np.uint16, 0x7C00),
-    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
-}
-"""Dtypes that weights may be stored in: an integer of that size, and the bits that NaN and Inf have set."""
-_SCALES = {"q4_0": 1, "q4_1": 2, "q8_0": 1}
-"""float16 values that a block begins with, by scheme."""
-_PIECE = 1 << 18
+_FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
+"""Dtypes that weights may be stored in."""
 _LISTED = 3
 _TIED_ROWS = 64
 
@@ -126,44 +115,6 @@ def _check_figures(c: ModelConfig, path: Path) -> None:
         )
     if c.moe.limit is not None and not c.moe.limit > 0:
         raise ConfigError(f"{path}: the config's swiglu_limit is {c.moe.limit}, but it must be positive")
-
-
-def check_finite(checkpoint: Checkpoint, name: str, array: npt.NDArray[Any]) -> None:
-    """Refuse NaN and Inf in what was read of a tensor.
-
-    Raises:
-        WeightError: names file, tensor, and how many values are not finite.
-    """
-    bits = _FLOATS.get(array.dtype)
-    if bits is None or array.size == 0:
-        return
-    # All exponent bits are set in NaN and Inf, and only there; comparing integers is several times as quick.
-    words = array.view(bits[0])
-    bad = sum(int(np.count_nonzero((piece & bits[1]) == bits[1])) for piece in _pieces(words))
-    if bad:
-        raise WeightError(
-            f"{checkpoint.source(name)}: tensor {name!r} has {bad} values of {array.size} that are NaN or "
-            "infinite, but all must be finite; download the file again"
-        )
-
-
-def check_finite_blocks(
-    checkpoint: Checkpoint, name: str, blocks: npt.NDArray[np.uint8], scheme: str
-) -> None:
-    """Refuse blocks uint8 [..., row bytes] whose scales are NaN or Inf. Raises as `check_finite`."""
-    size = BLOCKS[scheme][1]
-    whole = blocks.reshape(-1, size)[:, : 2 * _SCALES[scheme]]
-    check_finite(checkpoint, name, np.ascontiguousarray(whole).view("<f2"))
-
-
-def _pieces(words: npt.NDArray[Any]) -> Iterable[npt.NDArray[Any]]:
-    """Parts of an array that fit into a cache, so that what is made of them stays small."""
-    if words.ndim == 0 or words.size <= _PIECE:
-        yield words
-        return
-    rows = max(1, _PIECE * len(words) // words.size)
-    for at in range(0, len(words), rows):
-        yield words[at : at + rows]
 
 
 def _check_dtype(checkpoint: Checkpoint, name: str) -> None:

@@ -7,7 +7,7 @@ speed of copying and any part of a tensor without the rest of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 from hashlib import sha256
 from math import prod
@@ -22,7 +22,7 @@ from core.contract.types import Param
 from core.models import definition
 from core.models.base import leaves
 from core.models.config import checkpoint_dtype
-from core.weights.checkpoint import Index, check_index
+from core.weights.checkpoint import Index, StoredTensor, check_index
 from core.weights.checks import stored_shape
 
 # A prime, so that steps of any length come to every place of the pool before they return to the first.
@@ -99,6 +99,10 @@ class DummyCheckpoint:
         starts = (first + _row_numbers(shape, ranges) * (1 + step)) % _POOL
         columns = ranges[-1] if ranges else slice(0, 1)
         return _windows(pool, starts, columns).reshape(wanted)
+
+    def stored(self, names: Collection[str]) -> Iterator[StoredTensor]:
+        """See `Checkpoint`. Nothing is stored."""
+        return iter(())
 
     def source(self, name: str) -> Path:
         """See `Checkpoint`: there is no file."""

@@ -7,7 +7,8 @@ too.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.contract.errors import WeightError
-from core.weights.checkpoint import Checkpoint, Index, check_index
-from core.weights.checks import check_finite
+from core.weights.checkpoint import Checkpoint, Index, StoredTensor, check_index
 
 FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
 SCALES = ("_scale_inv", "_scale")
@@ -77,11 +77,7 @@ class Fp8Checkpoint:
         return prod(self.shape(name)) * self.dtype(name).itemsize
 
     def read(self, name: str, index: Index | None = None) -> npt.NDArray[Any]:
-        """See `Checkpoint`. Scales are read of the blocks that the part lies in.
-
-        Raises:
-            WeightError: also where a scale is NaN or infinite.
-        """
+        """See `Checkpoint`. Scales are read of the blocks that the part lies in."""
         if name not in self._scales:
             return self._inner.read(name, index)
         ranges = check_index(self.path, name, self.shape(name), index)
@@ -89,7 +85,6 @@ class Fp8Checkpoint:
         # A scale of fewer dimensions holds for the whole tensor, or for each row.
         cuts = tuple(slice(r.start // u, -(-r.stop // u)) for r, u in zip(ranges, units, strict=True))
         scales = self._inner.read(scale_name, cuts[: len(self._inner.shape(scale_name))])
-        check_finite(self._inner, scale_name, scales)
         values = self._inner.read(name, ranges)
         scales = scales.astype(np.float32).reshape((*scales.shape, *(1,) * (values.ndim - scales.ndim)))
         at = [np.arange(r.start, r.stop) // u - r.start // u for r, u in zip(ranges, units, strict=True)]
@@ -104,6 +99,16 @@ class Fp8Checkpoint:
             piece = scales[np.ix_(at[0][part], *at[1:])]
             found[part] = values[part].astype(np.float32) * piece
         return found
+
+    def stored(self, names: Collection[str]) -> Iterator[StoredTensor]:
+        """See `Checkpoint`. Values and scales apart; a scale may not make the largest value infinite."""
+        for name in names:
+            yield from self._inner.stored((name,))
+            if name in self._scales:
+                largest = float(ml_dtypes.finfo(self._dtype).max) / float(
+                    ml_dtypes.finfo(self._inner.dtype(name)).max
+                )
+                yield replace(next(self._inner.stored((self._scales[name],))), limit=largest)
 
     def source(self, name: str) -> Path:
         """See `Checkpoint`."""

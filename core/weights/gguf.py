@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from core.contract.errors import WeightError
-from core.weights.checkpoint import BLOCKS, Index, check_index
+from core.weights.checkpoint import BLOCKS, Index, StoredTensor, check_index
 from core.weights.gguf_config import config_of
-from core.weights.gguf_header import Header, read_header
+from core.weights.gguf_header import QUANTIZED, Header, read_header
 from core.weights.gguf_names import FAMILIES, ROPE_FACTORS, family_name, views
 from core.weights.gguf_tensors import Bytes, Stored, View
 
@@ -33,6 +33,7 @@ class GGUFCheckpoint:
             )
         if int(header.metadata.get("split.count", 1)) > 1:
             raise WeightError(f"{path} is one part of several; merge them into one file")
+        self._header = header
         self._data: Bytes | None = np.memmap(path, np.uint8, mode="r")
         self._config = config_of(path, header, name, self._factors(header))
         self._tensors = views(path, header, FAMILIES[name], self._config["head_dim"])
@@ -84,6 +85,18 @@ class GGUFCheckpoint:
                 "it decoded"
             )
         return found.blocks(self._open(), ranges)
+
+    def stored(self, names: Collection[str]) -> Iterator[StoredTensor]:
+        """See `Checkpoint`. Every tensor of the file, by the file's own names."""
+        data = self._open()
+        for name, info in self._header.tensors.items():
+            whole = Stored(info)
+            ranges = tuple(slice(0, n) for n in info.shape)
+            if info.type in QUANTIZED:
+                blocks = whole.blocks(data, ranges).reshape(-1, info.block_bytes)
+                yield StoredTensor(self._path, name, blocks, info.type)
+            else:
+                yield StoredTensor(self._path, name, whole.read(data, ranges))
 
     def source(self, name: str) -> Path:
         """See `Checkpoint`."""

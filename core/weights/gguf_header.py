@@ -45,6 +45,11 @@ class TensorInfo:
     block_size: int
     block_bytes: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return prod(self.shape) // self.block_size * self.block_bytes
+
 
 @dataclass(frozen=True)
 class Header:
@@ -101,7 +106,27 @@ class _Cursor:
             if name in tensors:
                 raise WeightError(f"{self._path} has tensor {name!r} twice; convert the model again")
             tensors[name] = self._check(name, shape, kind, start + offset)
+        self._check_places(tensors, start, alignment)
         return Header(metadata, tensors)
+
+    def _check_places(self, tensors: dict[str, TensorInfo], start: int, alignment: int) -> None:
+        """Refuse tensors that share bytes, and bytes that belong to none and align nothing."""
+        end, last = start, "the header"
+        for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
+            wanted = -(-end // alignment) * alignment
+            if info.offset != wanted:
+                what = "shares bytes with" if info.offset < end else "does not follow"
+                raise WeightError(
+                    f"{self._path}: tensor {name!r} begins at byte {info.offset}, but byte {wanted} was "
+                    f"wanted: it {what} {last}; download the file again"
+                )
+            end = info.offset + info.num_bytes
+            last = f"tensor {name!r}"
+        if len(self._data) - end >= alignment:
+            raise WeightError(
+                f"{self._path} has {len(self._data)} bytes, but {last} ends at byte {end}; the rest belongs "
+                "to no tensor: download it again"
+            )
 
     def _take(self, count: int) -> bytes:
         if count > len(self._data) - self._at:

@@ -1,8 +1,8 @@
 """From a checkpoint to a model on a device: checks, reads the rank's slices, packs, and closes the step
 function.
 
-What the headers tell is checked before the first byte is packed (`core.weights.checks`); that all values are
-finite, part by part as they are read. A load that fails holds no memory on the device.
+What the headers tell is checked before the first byte is packed (`core.weights.checks`); whether all values
+are finite is asked before (`core.weights.verify`). A load that fails holds no memory on the device.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -25,20 +25,25 @@ from core.models.base import Constant, ModelDefinition, leaves, map_tree, rope_t
 from core.models.config import ModelConfig
 from core.parallel.sharding import Shard, mark
 from core.weights.checkpoint import BLOCKS, Checkpoint, Index, PackedCheckpoint
-from core.weights.checks import check_checkpoint, check_finite, check_finite_blocks
+from core.weights.checks import check_checkpoint
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class LoadState:
-    """How far loading is: bytes and tensors of this rank's share, seconds since it began."""
+    """How far loading is: bytes and tensors of this rank's share, seconds since it began.
+
+    Attributes:
+        phase: "loading", or before it "checking": values are looked at, and nothing is on a device.
+    """
 
     bytes_done: int
     bytes_total: int
     tensors_done: int
     tensors_total: int
     seconds: float
+    phase: Literal["checking", "loading"] = "loading"
 
     @property
     def bytes_per_s(self) -> float:
@@ -84,7 +89,7 @@ def load_model(
     stays on the device.
 
     Raises:
-        WeightError: as `check_checkpoint`; a value is NaN or infinite. OutOfMemoryError: the device is full.
+        WeightError: as `check_checkpoint`. OutOfMemoryError: the device is full.
     """
     shard = shard or Shard()
     local = replace(c.local(shard.world_size), compute_dtype=dtype)
@@ -239,9 +244,7 @@ def read_param(checkpoint: Checkpoint, param: Param, shard: Shard, scheme: str =
     if scheme and isinstance(checkpoint, PackedCheckpoint):
         arrays: list[npt.NDArray[Any]] = []
         for part in param.parts:
-            blocks = checkpoint.read_blocks(part.name, _index(part, shard.ranges(part)))
-            check_finite_blocks(checkpoint, part.name, blocks, scheme)
-            arrays.append(blocks)
+            arrays.append(checkpoint.read_blocks(part.name, _index(part, shard.ranges(part))))
     else:
         arrays = [read_part(checkpoint, part, shard.ranges(part)) for part in param.parts]
     if not param.stack:
@@ -252,13 +255,8 @@ def read_param(checkpoint: Checkpoint, param: Param, shard: Shard, scheme: str =
 
 
 def read_part(checkpoint: Checkpoint, part: Part, ranges: tuple[slice, ...]) -> npt.NDArray[Any]:
-    """A slice of a part; `ranges` are relative to the part.
-
-    Raises:
-        WeightError: a value is NaN or infinite.
-    """
+    """A slice of a part; `ranges` are relative to the part."""
     array = checkpoint.read(part.name, _index(part, ranges))
-    check_finite(checkpoint, part.name, array)
     if part.pick is not None:
         period, first, size = part.pick
         before, after = array.shape[: part.pick_axis], array.shape[part.pick_axis + 1 :]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.contract.errors import ConfigError, WeightError
-from core.weights.checkpoint import Index, check_index
+from core.weights.checkpoint import Index, StoredTensor, check_index
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -99,6 +99,11 @@ class SafetensorsCheckpoint:
             data = self._maps[found.file] = np.memmap(found.file, np.uint8, mode="r")
         # The format does not align tensors, and ndarray takes any offset.
         return np.ndarray(found.shape, found.dtype, buffer=data, offset=found.offset)[ranges]
+
+    def stored(self, names: Collection[str]) -> Iterator[StoredTensor]:
+        """See `Checkpoint`."""
+        for name in names:
+            yield StoredTensor(self.source(name), name, self.read(name))
 
     def source(self, name: str) -> Path:
         """See `Checkpoint`."""

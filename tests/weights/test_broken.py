@@ -1,6 +1,7 @@
 """Broken weight files are refused by the engine's real start, each with a line that names what is wrong.
 
-Every file but those with wrong values is refused before anything is asked of the device's memory.
+Each is refused before anything is asked of the device's memory, and but for wrong values before a device is
+opened.
 """
 
 from __future__ import annotations
@@ -221,14 +222,14 @@ def test_a_broken_file_is_refused_before_the_device_is_opened(case: str, folder:
 
 
 @pytest.mark.parametrize("case", VALUES)
-def test_values_that_are_no_numbers_end_loading_and_leave_nothing_behind(
+def test_values_that_are_no_numbers_are_refused_before_memory_is_asked_for(
     case: str, folder: Path, spy: Spy
 ) -> None:
     change, words = VALUES[case]
     change(folder)
     with pytest.raises(WeightError, match=words) as caught:
         start(folder)
-    assert spy.packed and "\n" not in str(caught.value)
+    assert spy.workers and not spy.packed and "\n" not in str(caught.value)
     assert spy.used_bytes() == 0
 
 
@@ -304,11 +305,24 @@ def test_a_copy_of_a_tied_head_is_allowed(
     start(folder)
 
 
+def moved(raw: bytes, place: Callable[[int], int]) -> bytes:
+    """The file with another place for the tensor `output_norm.weight`."""
+    name = b"output_norm.weight"
+    at = raw.index(len(name).to_bytes(8, "little") + name) + 8 + len(name)
+    at += 4 + 8 * int.from_bytes(raw[at : at + 4], "little") + 4
+    offset = place(int.from_bytes(raw[at : at + 8], "little"))
+    return raw[:at] + offset.to_bytes(8, "little") + raw[at + 8 :]
+
+
 GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated": (lambda raw: raw[:-100], "truncated"),
     "half a header": (lambda raw: raw[:200], "truncated"),
     "magic": (lambda raw: b"GGUX" + raw[4:], "not b'GGUF'"),
     "tensor count": (lambda raw: raw[:8] + (2**60).to_bytes(8, "little") + raw[16:], r"m\.gguf"),
+    "trailing bytes": (lambda raw: raw + bytes(1000), "has .* bytes, but tensor .* ends at byte"),
+    "overlap": (lambda raw: moved(raw, lambda offset: 0), "begins at byte .*: it shares bytes with tensor"),
+    "gap": (lambda raw: moved(raw, lambda offset: offset + 32), "begins at byte .*: it does not follow"),
+    "unaligned": (lambda raw: moved(raw, lambda offset: offset + 3), "begins at byte"),
     "metadata count": (lambda raw: raw[:16] + (2**60).to_bytes(8, "little") + raw[24:], r"m\.gguf"),
 }
 

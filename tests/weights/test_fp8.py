@@ -12,6 +12,7 @@ import pytest
 
 from core.contract.errors import ConfigError, WeightError
 from core.weights.checkpoint import Checkpoint, open_checkpoint
+from core.weights.verify import verify
 
 from .raw import save
 
@@ -93,9 +94,23 @@ def test_a_scale_that_is_no_number_is_named(tmp_path: Path) -> None:
     bad = scales(3, 2)
     bad[1, 1] = np.nan
     found = write(tmp_path, {"a": matrix(), "a_scale_inv": bad}, {"quant_method": "fp8"}, "float32")
-    found.read("a", (slice(0, 128), slice(0, 200)))
     with pytest.raises(WeightError, match="'a_scale_inv' has 1 values of 6 that are NaN"):
-        found.read("a")
+        verify(found, ["a"])
+    bad[1, 1] = 1e36
+    found = write(tmp_path, {"a": matrix(), "a_scale_inv": bad}, {"quant_method": "fp8"}, "float32")
+    with pytest.raises(WeightError, match=r"'a_scale_inv' has 1 values of 6 that are NaN or beyond 7\.59"):
+        verify(found, ["a"])
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_a_value_that_is_no_number_is_named(tmp_path: Path, dtype: Any) -> None:
+    values = np.ones((256, 256), dtype)
+    found = write(tmp_path, {"a": values, "a_scale_inv": scales(2, 2)}, {"quant_method": "fp8"}, "float32")
+    verify(found, ["a"])
+    values[3, 5] = np.nan
+    found = write(tmp_path, {"a": values, "a_scale_inv": scales(2, 2)}, {"quant_method": "fp8"}, "float32")
+    with pytest.raises(WeightError, match="'a' has 1 values of 65536 that are NaN"):
+        verify(found, ["a"])
 
 
 @pytest.mark.parametrize(

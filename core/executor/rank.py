@@ -28,6 +28,7 @@ from core.engine.memory import CacheBudget, check_layers
 from core.engine.resolve import Facts, Resolution, resolve
 from core.models import ModelDefinition, definition
 from core.models.config import ModelConfig, eos_ids
+from core.models.config_types import check_types
 from core.parallel.sharding import Shard
 from core.parallel.tensor_parallel import TensorParallelOps
 from core.plugins import BackendHandle
@@ -63,6 +64,10 @@ def read_model(checkpoint: Checkpoint) -> tuple[ModelDefinition, ModelConfig]:
         ConfigError: an architecture or option that is not known, or values that cannot be.
     """
     hf = checkpoint.config()
+    try:
+        check_types(hf)
+    except ConfigError as e:
+        raise ConfigError(f"{checkpoint.path}: {e}; check config.json") from None
     model = definition(hf)
     try:
         c = model.adapt(model.config(hf), checkpoint.names())
@@ -73,6 +78,12 @@ def read_model(checkpoint: Checkpoint) -> tuple[ModelDefinition, ModelConfig]:
         ) from None
     check_sizes(c, checkpoint.path)
     ends = dict.fromkeys((*c.eos_token_ids, *_generation_ends(checkpoint.path)))
+    for end in ends:
+        if not 0 <= end < c.vocab_size:
+            raise ConfigError(
+                f"{checkpoint.path}: eos_token_id {end} is outside the vocabulary of {c.vocab_size} ids; "
+                "check config.json and generation_config.json"
+            )
     return model, replace(c, eos_token_ids=tuple(ends))
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import inf
-from numbers import Integral
+from typing import Any
 
 from core.contract.errors import RequestError
+from core.values import is_number, is_whole
 
 MAX_LOGPROBS = 20
 """Most likely tokens of a position that may be reported."""
@@ -54,7 +55,7 @@ class SamplingParams:
         skip_special_tokens: leave special tokens out of the text.
 
     Raises:
-        RequestError: a value is out of range; names it and the range.
+        RequestError: a value is out of range or of another type; names it and what was wanted.
     """
 
     n: int = 1
@@ -82,9 +83,7 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        self._take_types()
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         if 0 < self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
@@ -95,9 +94,6 @@ class SamplingParams:
             0 <= self.temperature <= MAX_TEMPERATURE,
             f"in [0, {MAX_TEMPERATURE:g}] (0 = greedy)",
         )
-        for name in ("top_k", "n", "min_tokens", "max_tokens", "seed"):
-            value = getattr(self, name)
-            _check(name, value, value is None or isinstance(value, Integral), "a whole number")
         _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "in [0, 2^31) (0 = all)")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
@@ -119,7 +115,37 @@ class SamplingParams:
             _check(name, value, -2 <= value <= 2, "in [-2, 2]")
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, 1e-6 <= penalty <= 1e6, "in [1e-6, 1e6] (1 = none)")
-        self._check_ids()
+        self._check_lists()
+
+    def _take_types(self) -> None:
+        """Every field as its own type: plain numbers and tuples of them, with nothing rounded or read into a
+        text.
+        """
+        for name in ("n", "top_k", "min_tokens", "seed", "max_tokens", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None or name in ("n", "top_k", "min_tokens"):
+                object.__setattr__(self, name, _whole(name, value))
+        penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+        for name in ("temperature", "top_p", "min_p", *penalties):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"):
+            value = getattr(self, name)
+            _check(name, value, isinstance(value, bool), "True or False")
+        for name in ("stop", "bad_words"):
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        bans = [_ids("bad_words_ids", ban) for ban in _items("bad_words_ids", self.bad_words_ids)]
+        object.__setattr__(self, "bad_words_ids", tuple(dict.fromkeys(bans)))
+        if self.allowed_token_ids is not None:
+            ids = _ids("allowed_token_ids", self.allowed_token_ids)
+            object.__setattr__(self, "allowed_token_ids", tuple(dict.fromkeys(ids)))
+        if self.logit_bias is not None:
+            given = self.logit_bias
+            _check("logit_bias", given, isinstance(given, Mapping), "a mapping of ids to numbers")
+            bias = {_whole("logit_bias's id", i): _number("logit_bias", value) for i, value in given.items()}
+            object.__setattr__(self, "logit_bias", bias)
+
+    def _check_lists(self) -> None:
         _check("stop", self.stop, all(self.stop), "made of texts that are not empty")
         if self.stop and not self.detokenize:
             raise RequestError(
@@ -131,28 +157,19 @@ class SamplingParams:
                 f"stop has {len(self.stop)} texts of {sum(map(len, self.stop))} characters; it may have "
                 f"{MAX_STOPS} of {MAX_STOP_CHARACTERS} in all"
             )
-
-    def _check_ids(self) -> None:
-        words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ())
-        object.__setattr__(self, "bad_words", words)
+        words, bans = self.bad_words, self.bad_words_ids
         _check("bad_words", words, all(words), "made of texts that are not empty")
         if (count := sum(map(len, words))) > MAX_BAN_CHARACTERS:
             raise RequestError(f"bad_words has {count} characters; it may have {MAX_BAN_CHARACTERS}")
-        bans = tuple(dict.fromkeys(tuple(int(i) for i in ban) for ban in self.bad_words_ids or ()))
-        object.__setattr__(self, "bad_words_ids", bans)
         _check("bad_words_ids", bans, all(bans), "made of sequences that are not empty")
         for name, many in (("bad_words", words), ("bad_words_ids", bans)):
             if len(many) > MAX_BANS:
                 raise RequestError(f"{name} has {len(many)} entries; it may have {MAX_BANS}")
         if self.logit_bias is not None:
-            bias = {int(i): float(value) for i, value in self.logit_bias.items()}
-            object.__setattr__(self, "logit_bias", bias)
-            wrong = [v for v in bias.values() if not (abs(v) <= MAX_BIAS or v == -inf)]
+            wrong = [v for v in self.logit_bias.values() if not (abs(v) <= MAX_BIAS or v == -inf)]
             _check("logit_bias", self.logit_bias, not wrong, f"made of numbers up to {MAX_BIAS:g}, or -inf")
         if self.allowed_token_ids is not None:
-            ids = tuple(dict.fromkeys(int(i) for i in self.allowed_token_ids))
-            object.__setattr__(self, "allowed_token_ids", ids)
-            _check("allowed_token_ids", ids, bool(ids), "at least one id, or None")
+            _check("allowed_token_ids", (), bool(self.allowed_token_ids), "at least one id, or None")
 
     @property
     def is_plain(self) -> bool:
@@ -236,4 +253,35 @@ def _after_a_sign(text: str, encode: Callable[[str], list[int]]) -> list[tuple[i
 
 def _check(name: str, value: object, held: bool, wanted: str) -> None:
     if not held:
-        raise RequestError(f"{name} is {value!r}; it must be {wanted}")
+        raise RequestError(f"{name} is {value!r:.200}; it must be {wanted}")
+
+
+def _whole(name: str, value: object) -> int:
+    if not is_whole(value):
+        raise RequestError(f"{name} is {value!r:.200}; it must be a whole number")
+    return int(value)
+
+
+def _number(name: str, value: object) -> float:
+    if not is_number(value):
+        raise RequestError(f"{name} is {value!r:.200}; it must be a number")
+    return float(value)
+
+
+def _items(name: str, values: Any) -> tuple[Any, ...]:
+    values = () if values is None else values
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise RequestError(f"{name} is {values!r:.200}; it must be a list")
+    return tuple(values)
+
+
+def _ids(name: str, values: object) -> tuple[int, ...]:
+    return tuple(_whole(name, i) for i in _items(name, values))
+
+
+def _texts(name: str, values: Any) -> tuple[str, ...]:
+    """One text, several, or None for none."""
+    texts = (values,) if isinstance(values, str) else _items(name, values)
+    for text in texts:
+        _check(name, text, isinstance(text, str), "a text or a list of texts")
+    return texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -275,3 +276,60 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
 @pytest.mark.parametrize("temperature", [1e-7, 1e-40, 5e-324])
 def test_a_temperature_too_low_for_float32_is_greedy(temperature: float) -> None:
     assert SamplingParams(temperature=temperature).temperature == 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({name: value} for name in ("n", "top_k", "min_tokens", "max_tokens") for value in (1.5, True, "1")),
+        *({name: value} for name in ("seed", "logprobs", "prompt_logprobs") for value in (1.5, True, "1")),
+        *({name: None} for name in ("n", "top_k", "min_tokens", "temperature", "top_p", "ignore_eos")),
+        *(
+            {name: value}
+            for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty")
+            for value in ("1", True, math.nan, 10**400, 1j)
+        ),
+        *({"repetition_penalty": value} for value in ("1", True, math.nan, math.inf)),
+        *({name: value} for name in ("stop", "bad_words") for value in (5, (1,), ("a", b""), {"a": 1})),
+        *({name: value} for name in ("stop_token_ids", "allowed_token_ids") for value in ("12", 5, {3: 1})),
+        *({name: (v,)} for name in ("stop_token_ids", "allowed_token_ids") for v in ("a", 1.9, True, None)),
+        *({"bad_words_ids": value} for value in (5, "a", ((1.7,),), (3,), ("12",))),
+        *({"logit_bias": value} for value in ({1.9: 1}, {"1": 1}, {1: "1"}, {True: 1}, [1], {1: math.nan})),
+        *({name: value} for name in ("ignore_eos", "detokenize") for value in ("false", 0)),
+        *({name: value} for name in ("skip_special_tokens", "include_stop_str_in_output") for value in ("",)),
+    ],
+    ids=lambda fields: str(fields)[:40],
+)
+def test_a_value_of_another_type_is_refused_by_the_fields_name(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(RequestError, match=rf"^{name}('s id)? is .*; it must be ") as caught:
+        SamplingParams(**fields)
+    assert len(str(caught.value)) < 400
+
+
+def test_numbers_of_numpy_and_lists_become_plain_ones() -> None:
+    given = SamplingParams(
+        n=np.int64(2),
+        temperature=np.float32(0.5),
+        top_p=1,
+        seed=np.uint64(2**64 - 1),
+        stop=["a"],  # type: ignore[arg-type]
+        stop_token_ids=np.arange(3),
+        allowed_token_ids=[4, np.int32(4), 5],  # type: ignore[arg-type]
+        bad_words_ids=[[1, 2]],  # type: ignore[arg-type]
+        logit_bias={np.int64(1): np.float64(2), 2: -math.inf},
+    )
+    wanted = SamplingParams(
+        n=2,
+        temperature=0.5,
+        seed=2**64 - 1,
+        stop=("a",),
+        stop_token_ids=(0, 1, 2),
+        allowed_token_ids=(4, 5),
+        bad_words_ids=((1, 2),),
+        logit_bias={1: 2.0, 2: -math.inf},
+    )
+    assert given == wanted
+    whole = (given.n, given.seed, *given.stop_token_ids, *(given.logit_bias or ()))
+    assert {type(v) for v in whole} == {int}
+    assert type(given.temperature) is type(given.top_p) is float

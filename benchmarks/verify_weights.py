@@ -1,7 +1,7 @@
 """What it costs to look at every weight before loading: seconds and GB/s, beside loading and reading alone.
 
 The sample model (quantized) and one of random bfloat16 values of about 2 GB, both in the page cache. The
-bound is a plain pass over the same mapped bytes by one thread (`numpy.bitwise_or.reduce`), taken in the same run.
+bound is a plain pass over the same mapped bytes by one thread (`numpy.bitwise_or.reduce`) in the same run.
 
     python benchmarks/verify_weights.py --out benchmarks/results/verify_weights.json
 """

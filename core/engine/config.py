@@ -10,9 +10,10 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from core.contract.errors import ConfigError
+from core.values import is_number, is_whole
 
 MAX_WAITING = 1024
 """Sequences that may wait in a server where the configuration does not say."""
@@ -21,6 +22,48 @@ MAX_WAITING = 1024
 def option(default: Any, meaning: str, otherwise: str = "") -> Any:
     """A field with its meaning; `otherwise` = what is taken where it is None."""
     return field(default=default, metadata={"meaning": meaning, "otherwise": otherwise})
+
+
+def check_types(options: Any) -> None:
+    """Hold each field of a record of options against its annotation. Whole numbers become Python's.
+
+    Raises:
+        ConfigError: names the option, what it is and what was wanted.
+    """
+    hints = get_type_hints(type(options))
+    for f in fields(options):
+        value, kinds = getattr(options, f.name), (hints[f.name],)
+        if get_origin(kinds[0]) not in (Literal, Mapping, None):
+            kinds = get_args(kinds[0])
+        if not any(_is_of(value, kind) for kind in kinds):
+            wanted = " or ".join(_wanted(kind) for kind in kinds)
+            raise ConfigError(f"{f.name} is {value!r:.200}; it must be {wanted}")
+        if is_whole(value) and int in kinds:
+            object.__setattr__(options, f.name, int(value))
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if kind is int or kind is float:
+        return is_whole(value) if kind is int else is_number(value)
+    if kind == Mapping[str, str]:
+        return isinstance(value, Mapping) and all(isinstance(x, str) for pair in value.items() for x in pair)
+    return isinstance(value, kind)
+
+
+def _wanted(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    names: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        Path: "a path (pathlib.Path)",
+        Mapping[str, str]: "texts by name",
+    }
+    return names.get(kind, "left out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +115,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("max_requests", "max_batch_tokens", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -80,12 +124,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
-        if self.policy not in ("fcfs", "priority"):
-            raise ConfigError(f"policy is {self.policy!r}; choose fcfs or priority")
-        if self.load_format not in ("auto", "dummy"):
-            raise ConfigError(f"load_format is {self.load_format!r}; choose auto or dummy")
-        if self.quantized not in ("auto", "packed", "dequantized"):
-            raise ConfigError(f"quantized is {self.quantized!r}; choose auto, packed or dequantized")
+        if self.device < 0:
+            raise ConfigError(f"device is {self.device}; it must be 0 or more")
         if self.max_requests > self.max_batch_tokens:
             raise ConfigError(
                 f"max_requests is {self.max_requests}, but a step has {self.max_batch_tokens} tokens at "

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from core.block_manager import BlockManager
 from core.contract.batch import StepLayout
-from core.contract.errors import EngineDead, RequestError, UnsupportedError
+from core.contract.errors import ConfigError, EngineDead, RequestError, UnsupportedError
 from core.contract.requests import ObserverRequest
 from core.contract.spec import BackendSpec, check_capabilities
 from core.engine.config import EngineConfig
@@ -32,7 +32,7 @@ from core.executor.inline import InlineExecutor
 from core.executor.multiprocess import MultiprocessExecutor
 from core.executor.rank import Executor, read_model
 from core.models.config import ModelConfig
-from core.plugins import BackendHandle, Plugins
+from core.plugins import BackendHandle, Plugins, Selection
 from core.runner.buckets import Buckets
 from core.runner.builder import BatchBuilder
 from core.sampling.params import SamplingParams
@@ -65,6 +65,7 @@ def _open(config: EngineConfig, plugins: Plugins | None) -> _Opened:
     selection = plugins.select(config.backend)
     spec = selection.spec
     _check_ranks(config, spec)
+    _check_device(config, selection)
     with _checkpoint(config) as checkpoint:
         definition, model = read_model(checkpoint)
         dtype, _ = choose_dtype(spec, config.dtype, model.dtype)
@@ -104,6 +105,24 @@ def _check_ranks(config: EngineConfig, spec: BackendSpec) -> None:
         raise UnsupportedError(
             f"tensor_parallel is {ranks}, but backend {spec.name!r} does not declare "
             f"{', '.join(sorted(missing))}; use 1"
+        )
+
+
+def _check_device(config: EngineConfig, selection: Selection) -> None:
+    """Ranks run on devices that follow each other, or all on the only one.
+
+    Raises:
+        ConfigError: the probe found none of such an index.
+    """
+    found = {device.index: device.name for device in selection.devices}
+    last = config.device + (config.tensor_parallel - 1 if len(found) > 1 else 0)
+    missing = [index for index in range(config.device, last + 1) if index not in found]
+    if missing:
+        listed = ", ".join(f"{index} ({name})" for index, name in found.items())
+        ranks = f" and tensor_parallel {config.tensor_parallel}" if last > config.device else ""
+        raise ConfigError(
+            f"device is {config.device}{ranks}, but backend {selection.spec.name!r} has no device "
+            f"{missing[0]}; it has {listed}: choose among those"
         )
 
 

@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from core.contract.errors import ConfigError
+from core.values import is_number
 
 _COUNTS = frozenset(
     [
@@ -103,7 +104,7 @@ def check_types(hf: Mapping[str, Any]) -> None:
             continue
         if key in _COUNTS and not _is_whole(value):
             raise ConfigError(f"the config's {key} is {value!r}, but a whole number is wanted")
-        if key in _NUMBERS and not (_is_number(value) and isfinite(value)):
+        if key in _NUMBERS and not (is_number(value) and isfinite(value)):
             raise ConfigError(f"the config's {key} is {value!r}, but a finite number is wanted")
         if key in _SWITCHES and not isinstance(value, bool):
             raise ConfigError(f"the config's {key} is {value!r}, but true or false is wanted")
@@ -119,9 +120,5 @@ def _walk(hf: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _is_whole(value: Any) -> bool:
-    return _is_number(value) and isfinite(value) and value == int(value)
+    return is_number(value) and isfinite(value) and value == int(value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from math import inf
 
 from core.contract.errors import ConfigError
-from core.engine.config import option
+from core.engine.config import check_types, option
 from core.engine.resolve import Choice
 
 
@@ -31,6 +31,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port is {self.port}; it must be 0 to 65535")
         if self.api_key is not None and not self.api_key:

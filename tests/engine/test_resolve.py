@@ -9,17 +9,21 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from core_test_plugins.null import SPEC
+from core_test_plugins.null import SPEC, NullBackend
 
 from core.contract.errors import ConfigError, UnsupportedError
+from core.contract.hookspecs import hookimpl
+from core.contract.requests import ProbeRequest
 from core.contract.spec import BatchRules, CacheRules, ShapeRules
-from core.contract.types import CacheLayerSpec, MemoryInfo
+from core.contract.types import CacheLayerSpec, DeviceInfo, MemoryInfo
 from core.engine.config import EngineConfig
 from core.engine.engine import Engine, explain
 from core.engine.llm import LLM
 from core.engine.resolve import Facts, resolve
 from core.models.config import ModelConfig, RopeConfig
+from core.plugins import Plugins
 
 MIB = 2**20
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,6 +210,65 @@ def test_an_option_out_of_range_is_refused(option: str, value: object) -> None:
         config(**{option: value})
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("device", 1.5, "a whole number"),
+        ("device", True, "a whole number"),
+        ("device", None, "a whole number"),
+        ("device", -1, "0 or more"),
+        ("overlap", True, "a whole number or left out"),
+        ("max_requests", "4", "a whole number"),
+        ("max_model_len", 64.0, "a whole number or left out"),
+        ("prefix_cache", "false", "true or false"),
+        ("warm_up", 1, "true or false"),
+        ("backend", 5, "a text"),
+        ("dtype", None, "a text"),
+        ("policy", True, "one of fcfs, priority"),
+        ("quantized", None, "one of auto, packed, dequantized"),
+        ("backend_options", {"delay": 1}, "texts by name"),
+        ("backend_options", "delay=1", "texts by name"),
+        ("model", 3, "a path"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(option: str, value: object, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{option} is .*; it must be {wanted}"):
+        config(**{option: value})
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    found = config(device=np.int64(0), overlap=np.int32(2))
+    assert found == config(overlap=2) and type(found.overlap) is type(found.device) is int
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cpu_reference", "null"])
+def test_a_device_that_the_probe_did_not_find_is_refused_and_the_found_ones_named(
+    backend: str, tiny_folder: Callable[[str], Path]
+) -> None:
+    wanted = EngineConfig(model=tiny_folder("llama"), backend=backend, device=99, max_model_len=64)
+    words = rf"^device is 99, but backend '{backend}' has no device 99; it has 0 \(.+\): choose among those$"
+    for start in (explain, Engine):
+        with pytest.raises(ConfigError, match=words):
+            start(wanted)
+
+
+def test_every_rank_has_a_device_where_there_are_several(tiny_folder: Callable[[str], Path]) -> None:
+    class Three(NullBackend):
+        @hookimpl
+        def core_probe(self, request: ProbeRequest) -> list[DeviceInfo]:
+            return [DeviceInfo(backend="three", index=i, name=f"chip {i}") for i in (0, 1, 2)]
+
+    plugins = Plugins()
+    plugins.register_backend(Three(replace(SPEC, name="three")), "three")
+    wanted = EngineConfig(
+        model=tiny_folder("llama"), backend="three", device=2, tensor_parallel=2, max_model_len=64
+    )
+    words = r"device is 2 and tensor_parallel 2, but .* no device 3; it has 0 \(chip 0\), 1 .*, 2 \(chip 2\)"
+    with pytest.raises(ConfigError, match=words):
+        explain(wanted, plugins=plugins)
+    explain(replace(wanted, device=2, tensor_parallel=1), plugins=plugins)
+
+
 def test_python_and_the_command_line_take_every_option() -> None:
     names = {f.name for f in fields(EngineConfig)}
     taken = set(inspect.signature(LLM.__init__).parameters)
@@ -293,5 +356,5 @@ def test_packed_is_refused_where_nothing_can_stay_packed() -> None:
     assert not resolve(config(), facts()).packed
     with pytest.raises(ConfigError, match="'packed', but the model has no weights in a scheme"):
         resolve(config(quantized="packed"), facts())
-    with pytest.raises(ConfigError, match="choose auto, packed or dequantized"):
+    with pytest.raises(ConfigError, match="one of auto, packed, dequantized"):
         config(quantized="small")

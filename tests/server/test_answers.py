@@ -131,7 +131,7 @@ def test_the_operators_limit_of_time_holds_for_everyone(
 @pytest.mark.parametrize("name", ["request_timeout_s", "drain_timeout_s", "max_body_bytes", "max_prompts"])
 @pytest.mark.parametrize("value", [0, -5, float("nan")])
 def test_a_limit_that_is_none_is_refused(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"{name} is .*more than 0"):
+    with pytest.raises(ConfigError, match=f"{name} is .*(more than 0|whole number)"):
         ServerConfig(**{name: value})  # type: ignore[arg-type]
 
 

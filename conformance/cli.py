@@ -335,6 +335,6 @@ def new_backend(
     for path in written:
         typer.echo(path)
     typer.echo(
-        f"next: cd {folder}; pip install -e '.[conformance]'; "
-        f"core conformance run --backend {name} --level L0"
+        f"next: cd {folder}; pip install -e '.[conformance]'; core conformance run --backend {name} "
+        f"--level L0"
     )

@@ -27,8 +27,7 @@ class Waiver:
 
     Attributes:
         test: an id, with * for any part of the name (not of level and family). device: pattern of the
-            device's name. driver: range of its versions such as ">=535,<550", or a
-            pattern; "*" = any.
+            device's name. driver: range of its versions such as ">=535,<550", or a pattern; "*" = any.
         issue: URL. reason: why it fails. impact: what users will see. owner: who mends it.
         opened, expires: dates, at most 90 days apart.
     """

@@ -19,9 +19,8 @@ LOOPBACK = ("localhost", "127.0.0.1")
 class GlooCommunicator:
     """See `core.contract.interfaces.Communicator`.
 
-    Sums of bfloat16 and float16 travel and add up in float32. Arrays of 0 elements are not sent: every
-    member sees the
-    same shape, so every member skips (`all_to_all`, whose members differ, always takes part).
+    Sums of bfloat16 and float16 travel and add up in float32. Arrays of 0 elements are not sent: every member
+    sees the same shape, so every member skips (`all_to_all`, whose members differ, always takes part).
 
     Raises:
         ConfigError: `rendezvous` is not tcp://HOST:PORT.

@@ -37,8 +37,7 @@ class CpuOps(Ops):
     """See `core.contract.ops.Ops`. `attention`: the kernel for `attend`; None = torch's.
 
     A table remembers what it derived from the step it saw last (spans of rows, rotary angles), so one table
-    serves one
-    step at a time.
+    serves one step at a time.
 
     Raises:
         UnsupportedError: the dtype is not one of this backend's.
@@ -75,10 +74,8 @@ class CpuOps(Ops):
         """See `Ops`.
 
         torch has no product of bfloat16 matrices with a float32 result on the CPU. For a wide one, small
-        weights are
-        converted; for large ones the rounded product y is followed by x w - y, which the same kernel sums in
-        float32
-        before it rounds, so that y and the remainder together hold twice the bits.
+        weights are converted; for large ones the rounded product y is followed by x w - y, which the same
+        kernel sums in float32 before it rounds, so that y and the remainder together hold twice the bits.
         """
         if wide and x.dtype != torch.float32:
             return self._wide_linear(x, w, bias)

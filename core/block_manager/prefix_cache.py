@@ -1,10 +1,10 @@
 """PrefixCache: which prefixes are in which blocks.
 
 A node stands for one prefix: its parent's tokens, then its own `base_size` tokens. Nodes are found by a keyed
-hash over
-(parent's hash, own tokens), and believed only if parent and tokens are the very same, so a collision is a
-miss, never a hit. Each cache group attaches its block at the node where the block ends; state groups attach
-checkpoint slots. A node lives as long as something is attached to it, or a child or a request needs it.
+hash over (parent's hash, own tokens), and believed only if parent and tokens are the very same, so a
+collision is a miss, never a hit. Each cache group attaches its block at the node where the block ends; state
+groups attach checkpoint slots. A node lives as long as something is attached to it, or a child or a request
+needs it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""What a backend declares, as data: `BackendSpec` and its rules; and the check that nothing else is asked of
-it.
+"""What a backend declares, as data: `BackendSpec` and its rules; the check that nothing else is asked of it.
 
 A field of a record whose metadata names a capability may differ from its default only for a backend whose
-`BackendSpec`
-declares it: `check_capabilities` refuses anything else, typed, before memory is touched.
+`BackendSpec` declares it: `check_capabilities` refuses anything else, typed, before memory is touched.
 """
 
 from __future__ import annotations
@@ -134,8 +132,7 @@ class BackendSpec:
         max_world_size: ranks of one communicator at most; 1 = no parallelism.
         lengths_on_device: `accepted[request_slot]` is kept on the device, so verification may be overlapped.
         device_sampler: `core_sampler` is implemented. Otherwise a Program may take greedy rows itself and
-            gives
-            all others to the reference sampler on the host.
+            gives all others to the reference sampler on the host.
         sampler_history: `State.history` holds each slot's output, so penalties may be overlapped.
         host_batch: Program.run reads the host StepBatch itself (eager backends; host length lists).
         determinism: what equal inputs promise: "bitwise" = equal bits on repetition, "batch_invariant" = a

@@ -82,8 +82,8 @@ class EngineConfig:
     quantized: Literal["auto", "packed", "dequantized"] = option(
         "auto",
         "quantized weights of a .gguf file: packed = as they are, where the backend can; dequantized = "
-        "in the "
-        "compute dtype, larger and faster; auto = dequantized where they leave room for the KV cache",
+        "in the compute dtype, larger and faster; auto = dequantized where they leave room for the KV "
+        "cache",
     )
     max_model_len: int | None = option(
         None,

@@ -169,8 +169,7 @@ def _fit(block_bytes: BlockBytes, plan: CachePlan, budget: int, per_request: int
         needed = plan_bytes(block_bytes, _with_blocks(plan, least, multiple))
         raise ConfigError(
             f"the KV cache budget of {budget / 2**20:.1f} MiB does not hold one request of full length, "
-            "which needs "
-            f"{needed / 2**20:.1f} MiB; raise the budget or lower max_model_len"
+            f"which needs {needed / 2**20:.1f} MiB; raise the budget or lower max_model_len"
         )
     return blocks
 

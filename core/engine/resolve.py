@@ -83,10 +83,9 @@ class Resolution:
         c = self.cache
         return (
             f"{self.weight_bytes / _MIB:.0f} MiB of {'packed' if self.packed else self.dtype} weights; KV "
-            "cache of "
-            f"{c.num_bytes / _MIB:.0f} MiB: "
-            f"{c.num_tokens // self.block_size} blocks of {self.block_size} = {c.num_tokens} tokens, "
-            f"{c.full_requests:.1f} requests of {self.max_model_len} tokens at once"
+            f"cache of {c.num_bytes / _MIB:.0f} MiB: {c.num_tokens // self.block_size} blocks of "
+            f"{self.block_size} = {c.num_tokens} tokens, {c.full_requests:.1f} requests of "
+            f"{self.max_model_len} tokens at once"
         )
 
 
@@ -249,8 +248,7 @@ def _budget(config: EngineConfig, facts: Facts, weights: int) -> tuple[int, str]
     if left <= 0:
         raise ConfigError(
             f"the weights need {weights / _MIB:.0f} MiB, but the device has {free / _MIB:.0f} MiB free; "
-            "free memory "
-            "on it, share the model among more ranks, or choose a smaller model or dtype"
+            "free memory on it, share the model among more ranks, or choose a smaller model or dtype"
         )
     if config.kv_cache_bytes is not None:
         return config.kv_cache_bytes, "given"

@@ -1,8 +1,8 @@
 """A process per rank. Commands and results are msgpack bytes over pipes; every rank gets every step.
 
 A worker process answers each command with ("ok", value) or ("error", Failure); while it loads, the first rank
-also sends how far it is. The first
-failure of any rank ends all of them and is raised in the engine with the rank's own sentence.
+also sends how far it is. The first failure of any rank ends all of them and is raised in the engine with the
+rank's own sentence.
 """
 
 from __future__ import annotations

@@ -189,8 +189,7 @@ class ModelConfig:
             fits = [n for n in range(1, 17) if self._divides(n, counts)]
             raise UnsupportedError(
                 f"tensor parallelism over {world_size} ranks cannot divide this model's "
-                f"{' and '.join(wrong)}; "
-                f"use one of {fits}"
+                f"{' and '.join(wrong)}; use one of {fits}"
             )
         moe, linear = self.moe, self.linear
         if moe is not None:

@@ -1,11 +1,9 @@
 """Llama 4, its text model: layers that attend within chunks and rotate, and layers that do neither.
 
 In a rotated layer q and k are normed after the rotation, without a weight (`use_qk_norm`). In the others,
-which
-see everything, queries grow with their position (`attn_temperature_tuning`). Some layers, or all, have routed
-experts, whose input is multiplied by the sigmoid of the router's logit, beside a shared one of the same
-width;
-the others a wider MLP.
+which see everything, queries grow with their position (`attn_temperature_tuning`). Some layers, or all, have
+routed experts, whose input is multiplied by the sigmoid of the router's logit, beside a shared one of the
+same width; the others a wider MLP.
 """
 
 from __future__ import annotations

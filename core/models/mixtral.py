@@ -1,8 +1,8 @@
 """Mixtral: Llama's attention, with a window where the config has one, and routed experts in every layer.
 
 Weights are the softmax over all experts of the chosen ones, divided by their sum. Published files hold
-experts
-one by one, as w1 (gate), w3 (up) and w2 (down) below `block_sparse_moe`; others stack them below `mlp`.
+experts one by one, as w1 (gate), w3 (up) and w2 (down) below `block_sparse_moe`; others stack them below
+`mlp`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """What runs in the next step.
 
 Each call of `schedule` takes decode rows first, then chunks of prompts that have begun, then waiting
-sequences, within the
-token and request budgets and the rules that the backend declares. `update` takes the tokens of the oldest
-step in flight.
+sequences, within the token and request budgets and the rules that the backend declares. `update` takes the
+tokens of the oldest step in flight.
 Between the two a sequence is planned ahead: `planned` counts tokens that submitted steps will produce, so the
-next step can
-be scheduled while the last one runs. A step's results are kept only for sequences whose slot has not changed
-hands since.
+next step can be scheduled while the last one runs. A step's results are kept only for sequences whose slot
+has not changed hands since.
 
 When blocks run out, the sequence that is last by (priority, arrival) gives its blocks back and is recomputed
 later.

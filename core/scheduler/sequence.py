@@ -1,8 +1,7 @@
 """Request, Sequence and SlotTable: what the scheduler knows of each continuation.
 
 A request has `n` sequences. A running sequence holds a request slot; everything that changes at every step is
-kept in
-arrays indexed by slot, so a step touches all decoding sequences with a few array operations.
+kept in arrays indexed by slot, so a step touches all decoding sequences with a few array operations.
 """
 
 from __future__ import annotations
@@ -99,8 +98,7 @@ class SlotTable:
     Attributes:
         tokens: int32 [max_requests, max_model_len]: ids known on the host (prompt and accepted output).
         known: how many of them. computed: tokens whose cache entries are submitted. planned: tokens that
-            will exist
-            once every submitted step is done. limit: tokens at which the sequence ends.
+            will exist once every submitted step is done. limit: tokens at which the sequence ends.
         confirmed: computed tokens of steps that were waited for.
         epoch: goes up when the slot changes hands, so results of older steps are recognised.
         temperature .. choice: the sampling parameters of the slot's sequence. special: by slot, those

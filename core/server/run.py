@@ -39,8 +39,7 @@ def bind(config: ServerConfig) -> socket.socket:
         found.close()
         raise ConfigError(
             f"cannot listen on {config.host}:{config.port} ({error.strerror}); choose another --port or "
-            "--host, "
-            "or end the program that has it"
+            "--host, or end the program that has it"
         ) from error
     found.setblocking(False)
     return found

@@ -2,8 +2,7 @@
 
 A template comes with the weights and a message comes over the network, so neither may reach Python, take long
 or take much memory. Values are rebuilt from plain JSON types; the process (`template_worker.py`) is started
-at
-first use, renders one conversation after the other, and is replaced when a template makes it pass a limit.
+at first use, renders one conversation after the other, and is replaced when a template makes it pass a limit.
 """
 
 from __future__ import annotations

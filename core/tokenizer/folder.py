@@ -87,8 +87,7 @@ def _check_size(file: Path, backend: Any, model: Mapping[str, Any], special: lis
     """Refuse more tokens than the embedding has rows.
 
     Tokens that were added to the vocabulary may be beyond it: some publishers share one tokenizer among
-    models
-    that know pictures and models that do not. A prompt with such a token is refused when it comes.
+    models that know pictures and models that do not. A prompt with such a token is refused when it comes.
     """
     size = _vocab_size(model)
     added = backend.get_added_tokens_decoder()
@@ -97,8 +96,7 @@ def _check_size(file: Path, backend: Any, model: Mapping[str, Any], special: lis
     if size and last >= size:
         raise ConfigError(
             f"{file} has token {backend.id_to_token(last)!r} with id {last}, but the embedding of the "
-            "model's "
-            f"config has {size} rows; take the tokenizer that belongs to these weights"
+            f"model's config has {size} rows; take the tokenizer that belongs to these weights"
         )
 
 
@@ -201,8 +199,7 @@ def _vocab_and_merges(file: Path, config: Mapping[str, Any]) -> _Read:
     if kind not in _CLASSES:
         raise ConfigError(
             f"{file}: the tokenizer's class is {kind}, but from vocab.json only {', '.join(_CLASSES)} are "
-            "read: "
-            "put the model's tokenizer.json beside it"
+            "read: put the model's tokenizer.json beside it"
         )
     merged = file.parent / "merges.txt"
     try:

@@ -129,8 +129,7 @@ class Fp8Checkpoint:
         if self._inner.dtype(scale) not in (np.float32, np.float16, ml_dtypes.bfloat16):
             raise WeightError(
                 f"{self._inner.source(scale)}: tensor {scale!r} is {self._inner.dtype(scale).name}, but "
-                "scales "
-                "are wanted in float32, float16 or bfloat16; take another checkpoint"
+                "scales are wanted in float32, float16 or bfloat16; take another checkpoint"
             )
         blocks = (*(1,) * (len(shape) - 2), *self._block)[-len(shape) :] if shape else ()
         padded = (*found, *(1,) * (len(shape) - len(found)))

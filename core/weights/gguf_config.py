@@ -147,8 +147,7 @@ def _llama3_scaling(path: Path, factors: npt.NDArray[np.float64], config: Mappin
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0):
         raise WeightError(
             f"{path}: tensor 'rope_freqs.weight' of shape {factors.shape} does not hold the rotary "
-            "factors of "
-            "Llama 3, the only ones known; take the model's safetensors folder"
+            "factors of Llama 3, the only ones known; take the model's safetensors folder"
         )
     return {
         "rope_type": "llama3",

@@ -191,8 +191,7 @@ class _Cursor:
         if end > len(self._data):
             raise WeightError(
                 f"{self._path}: tensor {name!r} ends at byte {end}, but the file has {len(self._data)}; "
-                "it is "
-                "truncated: download it again"
+                "it is truncated: download it again"
             )
         return TensorInfo(shape, type_name, offset, block_size, block_bytes)
 

@@ -1,9 +1,8 @@
 """MXFP4 tensors (OCP Microscaling Formats, version 1.0, 2023): blocks of 32 four-bit values with one scale.
 
-A value is e2m1: a sign, two bits of exponent, one of mantissa; a scale is e8m0: a power of two, 127 = 1, 255
-=
-not a number. Two values share a byte, the first in its low half. A tensor `X` [E, in, out] is stored as
-`X_blocks`, uint8 [E, out, in / 32, 16], and `X_scales`, uint8 [E, out, in / 32].
+A value is e2m1: a sign, two bits of exponent, one of mantissa; a scale is e8m0: a power of two, with 127
+for 1 and 255 for no number. Two values share a byte, the first in its low half. A tensor `X` [E, in, out] is
+stored as `X_blocks`, uint8 [E, out, in / 32, 16], and `X_scales`, uint8 [E, out, in / 32].
 """
 
 from __future__ import annotations
@@ -136,7 +135,6 @@ def _shape(inner: Checkpoint, base: str) -> tuple[int, ...]:
     if len(blocks) != 4 or blocks[3] != BYTES or blocks[:3] != scales:
         raise WeightError(
             f"{inner.path}: tensor {base + BLOCKS!r} has shape {blocks} and {base + SCALES!r} {scales}, "
-            "but MXFP4 "
-            f"wants [experts, outputs, groups, {BYTES}] and the same without the last"
+            f"but MXFP4 wants [experts, outputs, groups, {BYTES}] and the same without the last"
         )
     return (blocks[0], blocks[2] * BLOCK, blocks[1])

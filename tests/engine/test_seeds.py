@@ -13,7 +13,7 @@ import pytest
 from core.sampling.params import SamplingParams
 from tests.engine.playing import PROMPTS, open_engine, play
 from tests.models.harness import CHUNKS, model_logits
-from tests.sampling.margin import is_decided
+from tests.sampling.margin import drawn, is_decided
 
 Folder = Callable[[str], Path]
 
@@ -81,7 +81,9 @@ def test_on_other_backends_up_to_the_first_draw_that_is_not_decided(kind: str, t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_most_draws_are_decided_and_another_token_is_noticed(kind: str, tiny_folder: Folder) -> None:
+def test_most_draws_are_decided_those_are_right_and_another_token_is_noticed(
+    kind: str, tiny_folder: Folder
+) -> None:
     folder, params = tiny_folder("llama"), KINDS[kind]
     engine = open_engine(folder, "cpu_reference", 2)
     tokens = play(engine, {"a": params})["a", 0]
@@ -91,6 +93,8 @@ def test_most_draws_are_decided_and_another_token_is_noticed(kind: str, tiny_fol
     first, seed = len(PROMPTS["a"]), 5
     decided = [is_decided(logits[first + i - 1], params, seed, first + i, MARGIN) for i in range(len(tokens))]
     assert np.mean(decided) >= 0.9
+    for i in np.flatnonzero(decided):
+        assert tokens[i] == drawn(logits[first + i - 1], params, seed, first + int(i)), f"token {i}"
     at = decided.index(True)
     wrong = [*tokens[:at], (tokens[at] + 1) % 256, *tokens[at + 1 :]]
     with pytest.raises(AssertionError, match="differs"):

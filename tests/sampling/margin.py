@@ -14,6 +14,15 @@ NOISE = 1e-5
 """By how much noise and its sum with a logit may be off in another float32 arithmetic."""
 
 
+def drawn(
+    logits: npt.NDArray[np.float64], params: SamplingParams, seed: int, position: int, choice: int = 0
+) -> int:
+    """The token of logits [V] under temperature, top_k, top_p and min_p, by the reference's rules."""
+    scaled = (logits / params.temperature).astype(np.float32)
+    noisy = scaled + gumbel(seed, position, choice, len(logits))
+    return int(np.argmax(np.where(allowed(scaled, params.top_k, params.top_p, params.min_p), noisy, -np.inf)))
+
+
 def is_decided(
     logits: npt.NDArray[np.float64],
     params: SamplingParams,
@@ -34,9 +43,7 @@ def is_decided(
     noisy = scaled + gumbel(seed, position, choice, len(logits))
     off = margin / t
     sure, possible = _bounds(scaled.astype(np.float64), params, off)
-    winner = int(
-        np.argmax(np.where(allowed(scaled, params.top_k, params.top_p, params.min_p), noisy, -np.inf))
-    )
+    winner = drawn(logits, params, seed, position, choice)
     rivals = possible & (noisy >= noisy[winner] - 2 * off - NOISE)
     return bool(sure[winner]) and int(rivals.sum()) == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -30,16 +31,19 @@ Options = Annotated[
 ]
 
 
-def _target(backend: str, dtype: str, device: int, options: Sequence[str] | None) -> Subject:
+def _target(
+    backend: str, dtype: str, device: int, options: Sequence[str] | None, constraints: str = ""
+) -> Subject:
     given = {}
     for option in options or ():
         name, equals, value = option.partition("=")
         if not equals:
             raise ConfigError(f"--option {option!r} is not NAME=VALUE")
         given[name] = value
-    subject = Subject.of(Target(backend, dtype, device, given))
+    target = Target(backend, dtype, device, given, constraints=constraints)
+    subject = Subject.of(target)
     if dtype == "auto":
-        subject = Subject(Target(backend, subject.spec.dtypes[0], device, given), subject.handle)
+        subject = Subject(replace(target, dtype=subject.spec.dtypes[0]), subject.handle)
     elif dtype not in subject.spec.dtypes:
         raise ConfigError(
             f"dtype is {dtype!r}, but backend {backend!r} declares {', '.join(subject.spec.dtypes)}"
@@ -82,6 +86,10 @@ def run(
     jobs: Annotated[int, typer.Option(min=1, help="worker processes")] = 1,
     only: Annotated[str, typer.Option(help="a regular expression that ids must contain")] = "",
     waivers: Annotated[Path | None, typer.Option(help="the vendor's waivers.toml")] = None,
+    constraints: Annotated[
+        str,
+        typer.Option(help="rules of other hardware to obey: mixed, static, split, host-lists, rectangular"),
+    ] = "",
     time_factor: Annotated[
         float, typer.Option(help="multiplies the time limit of each check, for emulated devices")
     ] = 1.0,
@@ -93,7 +101,7 @@ def run(
 
     try:
         try:
-            subject = _target(backend, dtype, device, option)
+            subject = _target(backend, dtype, device, option, constraints)
         except BackendRefused as error:
             given = Target(backend, dtype, device)
             report = of_refused(given, parse_levels(level), _seed(seed), str(error))
@@ -190,7 +198,12 @@ def repro(
         _end(USAGE, str(error))
     facts = found.run
     target = Target(
-        found.backend["target"], facts["dtype"], facts["device"], facts["options"], facts["fault"]
+        found.backend["target"],
+        facts["dtype"],
+        facts["device"],
+        facts["options"],
+        facts["fault"],
+        facts.get("constraints", ""),
     )
     seed = int(facts["seed"], 16)
     try:

@@ -62,7 +62,10 @@ class Report:
         """One line."""
         meaning = EXIT_MEANING[self.exit_code]
         counts = ", ".join(f"{n} {status}" for status, n in sorted(self.counts.items()))
-        return f"{self.backend['name']}, {self.run['levels_text']}: {meaning} ({counts or 'no checks'})"
+        under = f", constraints {self.run['constraints']}" if self.run.get("constraints") else ""
+        return (
+            f"{self.backend['name']}, {self.run['levels_text']}{under}: {meaning} ({counts or 'no checks'})"
+        )
 
     def by_level(self) -> dict[int, Counter[str]]:
         """Statuses of each level that was asked for; empty where it has no case."""
@@ -140,6 +143,7 @@ def run_facts(
         "device": target.index,
         "options": dict(target.options),
         "fault": target.fault,
+        "constraints": target.constraints,
         "quick": quick,
         "shard": list(shard),
         "start": start.isoformat(timespec="seconds"),

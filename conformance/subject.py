@@ -32,6 +32,7 @@ class Target:
         backend: a backend's name, or "module:object" of a plugin that is not installed.
         dtype: compute dtype. index: of the device. options: backend options.
         fault: name of a planted fault and its severity, "" = none (`conformance.zoo`).
+        constraints: name of rules that are declared in place of the backend's own, "" = none.
     """
 
     backend: str
@@ -39,6 +40,7 @@ class Target:
     index: int = 0
     options: Mapping[str, str] = field(default_factory=dict)
     fault: str = ""
+    constraints: str = ""
 
 
 class BackendMissing(PluginError):
@@ -76,8 +78,19 @@ class Subject:
         """Load the backend.
 
         Raises:
-            BackendMissing, BackendRefused: as these say.
+            BackendMissing, BackendRefused: as these say. ConfigError: constraints that it cannot obey.
         """
+        subject = cls._own(target)
+        if not target.constraints:
+            return subject
+        from conformance.constraints import Constrained, constraints_of
+
+        plugin = Constrained(subject.handle, constraints_of(target.constraints))
+        return cls(target, Plugins(disabled=frozenset()).register_backend(plugin, subject.spec.name))
+
+    @classmethod
+    def _own(cls, target: Target) -> Subject:
+        """The backend under its own rules."""
         plugins = Plugins(disabled=frozenset())
         name = target.backend
         if target.fault:

@@ -43,7 +43,8 @@ def engine_of(context: Context, family: str, **options: Any) -> Iterator[Engine]
     """An engine of a tiny model on the backend under test."""
     spec = context.spec
     config: dict[str, Any] = {
-        "max_model_len": 128,
+        # Room for a prompt of two blocks and more.
+        "max_model_len": max(128, 3 * spec.cache.block_sizes[0]),
         "max_requests": 4,
         "max_batch_tokens": 64,
         "overlap": spec.overlap,
@@ -176,13 +177,16 @@ def chunked(context: Context, family: str) -> None:
 
 
 def preempted(context: Context, family: str) -> None:
-    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
-    asks = [Ask(f"r{i}", prompt(context, i, 20), params) for i in range(3)]
     with engine_of(context, family) as engine:
         size = engine.cache.plan.groups[0].block_size
+        longest = -(-engine.max_model_len // size)
+    output, length = 30, max(20, size - 10)
+    params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+    asks = [Ask(f"r{i}", prompt(context, i, length), params) for i in range(3)]
     # Room for two of the three to reach their end.
-    blocks = 1 + 2 * -(-50 // size) + 1
-    _pair(context, family, "preempted", [asks], num_blocks=max(blocks, 2 + -(-128 // size)))
+    blocks = 2 + 2 * -(-(length + output) // size)
+    _pair(context, family, "preempted", [asks], num_blocks=max(blocks, 2 + longest))
+    context.require(int(context.metrics["preemptions"]) > 0, "nothing was preempted, so this says nothing")
 
 
 def prefix_hit(context: Context, family: str) -> None:

@@ -1,8 +1,7 @@
 """From a StepPlan to a StepBatch and its SamplingBatch.
 
 Decode rows are filled with array operations over slots; only prefill rows are visited one by one. Host
-buffers are used in
-turn: one is written again only after its step was waited for.
+buffers are used in turn: one is written again only after its step was waited for.
 """
 
 from __future__ import annotations

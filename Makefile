@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --no-input
 # found by their local version: make TORCH=torch==2.13.0+cpu
 TORCH ?= torch==2.13.0
 
-.PHONY: demo install install-dev test test-full lint types bench clean
+.PHONY: demo install install-dev test test-full clean-room lint types bench clean
 
 demo: install
 	@echo "fetching the sample model"
@@ -19,7 +19,11 @@ test:
 	@.ci/run
 
 test-full:
-	@.ci/run install lint types contract sample tests-full conformance
+	@.ci/run install lint types contract sample tests-full conformance wheels
+
+# Wheels of core[cpu,conformance] and of the example backend, in an environment with nothing else.
+clean-room: install-dev
+	@$(BIN)/python tools/clean_room.py --extras cpu,conformance --first $(TORCH)
 
 lint:
 	@.ci/run install lint

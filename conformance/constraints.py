@@ -21,7 +21,7 @@ from core.contract.batch import DECODE, PREFILL, StepBatch
 from core.contract.errors import ConfigError, DeviceError
 from core.contract.hookspecs import hookimpl
 from core.contract.interfaces import Program
-from core.contract.spec import BackendSpec, BatchRules, CacheRules, ShapeRules
+from core.contract.spec import BackendSpec, BatchRules, ShapeRules
 from core.contract.types import State
 from core.plugins import BackendHandle
 
@@ -48,27 +48,34 @@ class Constraints:
     block_size: int = 16
 
     def apply(self, spec: BackendSpec) -> BackendSpec:
-        """The spec under these rules.
+        """The spec under these rules and its own: of two limits the stricter.
 
-        Raises:
-            ConfigError: the backend cannot obey them, because its own are stricter.
+        A ladder of its own stays, and so do its blocks where it has none of this size.
         """
-        if spec.shapes.kind == "static" or not spec.batch.mixed or spec.batch.prefill_multiple > 1:
-            raise ConfigError(
-                f"backend {spec.name!r} has constraints of its own; --constraints is for backends that take "
-                "any step"
-            )
-        if self.block_size not in spec.cache.block_sizes:
-            raise ConfigError(
-                f"backend {spec.name!r} has blocks of {spec.cache.block_sizes} tokens, but {self.block_size} "
-                "are wanted"
-            )
-        cache = CacheRules(
-            block_sizes=(self.block_size,),
-            dtypes=spec.cache.dtypes,
-            num_blocks_multiple=spec.cache.num_blocks_multiple,
+        own, these = spec.batch, self.batch
+        batch = replace(
+            own,
+            mixed=own.mixed and these.mixed,
+            max_prefills=_least(own.max_prefills, these.max_prefills),
+            prefill_multiple=max(own.prefill_multiple, these.prefill_multiple),
+            max_tokens=_least(own.max_tokens, these.max_tokens),
+            max_requests=_least(own.max_requests, these.max_requests),
+            rectangular_decode=own.rectangular_decode or these.rectangular_decode,
+            max_rows_x_context=_least(own.max_rows_x_context, these.max_rows_x_context),
+            min_decode_rows=max(own.min_decode_rows, these.min_decode_rows),
         )
-        return replace(spec, batch=self.batch, shapes=self.shapes, cache=cache, auto_rank=None)
+        sizes = (self.block_size,) if self.block_size in spec.cache.block_sizes else spec.cache.block_sizes
+        return replace(
+            spec,
+            batch=batch,
+            shapes=self.shapes if spec.shapes.kind == "dynamic" else spec.shapes,
+            cache=replace(spec.cache, block_sizes=sizes),
+            auto_rank=None,
+        )
+
+
+def _least(a: int | None, b: int | None) -> int | None:
+    return min((n for n in (a, b) if n is not None), default=None)
 
 
 CONSTRAINTS = {

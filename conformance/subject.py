@@ -32,7 +32,7 @@ class Target:
         backend: a backend's name, or "module:object" of a plugin that is not installed.
         dtype: compute dtype. index: of the device. options: backend options.
         fault: name of a planted fault and its severity, "" = none (`conformance.zoo`).
-        constraints: name of rules that are declared in place of the backend's own, "" = none.
+        constraints: name of rules that are declared beside the backend's own, "" = none.
     """
 
     backend: str

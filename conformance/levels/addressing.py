@@ -105,10 +105,11 @@ def _rows(world: World, meant: list[Array], spec: AttentionSpec) -> Iterator[tup
         at = np.arange(length)
         # Twice as good a match: the next token, and the one that has just left the window.
         tempting = np.zeros((length, H))
-        tempting[:-1] += code[1:]
-        if spec.window is not None:
-            gone = at - spec.window
-            tempting[gone >= 0] += code[gone[gone >= 0]]
+        lures = [at + 1] if spec.window is None else [at + 1, at - spec.window]
+        for lure in lures:
+            # The negative of the key that is meant would unsay it.
+            there = (lure >= 0) & (lure < length) & ((lure - target) % H != 0)
+            tempting[there] += code[lure[there]]
         one = GAP / spec.scale
         q = np.repeat((one * (code[target] + 2 * tempting))[:, None], N, 1)
         # A token that is meant may not be tempting too: then it is meant all the more.

@@ -88,10 +88,16 @@ def test_an_engine_obeys_what_is_declared(rules: str) -> None:
     engine.staggered(context("cpu_reference", rules), family="llama")
 
 
+def test_of_two_rules_the_stricter_holds() -> None:
+    spec = Subject.of(Target("conformance.forms:flat_blocks")).spec
+    both = CONSTRAINTS["rectangular"].apply(spec)
+    assert not both.batch.mixed and both.batch.max_prefills == 1 and both.batch.max_tokens == 128
+    assert both.shapes == spec.shapes and both.cache.block_sizes == (128,)
+    assert CONSTRAINTS["mixed"].apply(both).batch == both.batch
+
+
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match="constraints 'fast' are not known; known are mixed, static"):
         context("cpu_reference", "fast")
-    with pytest.raises(ConfigError, match="has constraints of its own"):
-        context("conformance.forms:flat_blocks", "mixed")
     done = CliRunner().invoke(app, ["run", "--backend", "cpu_reference", "--constraints", "fast"])
     assert done.exit_code == 2 and "are not known" in done.output

@@ -157,7 +157,7 @@ def run_all(
                     check = waiting.get_nowait()
                 except queue.Empty:
                     return
-                worker = _one(check, worker, lambda: Worker(setup, time_factor), setup.seed, tell)
+                worker = run_one(check, worker, lambda: Worker(setup, time_factor), setup.seed, tell)
         finally:
             if worker is not None:
                 worker.close()
@@ -169,7 +169,7 @@ def run_all(
         thread.join()
 
 
-def _one(
+def run_one(
     check: Check, worker: Worker | None, new: Callable[[], Worker], run_seed: int, tell: Report
 ) -> Worker | None:
     """Run one check; the worker for the next one, or None where a new one is needed."""

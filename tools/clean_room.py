@@ -3,9 +3,9 @@
     python tools/clean_room.py                                # core[conformance] and the example: L0 to L5
     python tools/clean_room.py --extras cpu,conformance --first torch==2.13.0
 
-Builds both wheels, makes a virtual environment in a temporary folder, installs the wheels there with what they
-need from the package index, and runs the conformance suite from that folder. Prints each step's time; the first
-that fails ends it with status 1.
+Builds both wheels, makes a virtual environment in a temporary folder, installs the wheels there with what
+they need from the package index, and runs the conformance suite from that folder. Prints each step's time;
+the first that fails ends it with status 1.
 """
 
 from __future__ import annotations

@@ -40,10 +40,10 @@ def _target(
         if not equals:
             raise ConfigError(f"--option {option!r} is not NAME=VALUE")
         given[name] = value
-    target = Target(backend, dtype, device, given, constraints=constraints)
-    subject = Subject.of(target)
+    subject = Subject.of(Target(backend, dtype, device, given, constraints=constraints))
     if dtype == "auto":
-        subject = Subject(replace(target, dtype=subject.spec.dtypes[0]), subject.handle)
+        target = replace(subject.target, dtype=subject.spec.dtypes[0])
+        subject = Subject(target, subject.handle, subject.watch)
     elif dtype not in subject.spec.dtypes:
         raise ConfigError(
             f"dtype is {dtype!r}, but backend {backend!r} declares {', '.join(subject.spec.dtypes)}"
@@ -88,7 +88,9 @@ def run(
     waivers: Annotated[Path | None, typer.Option(help="the vendor's waivers.toml")] = None,
     constraints: Annotated[
         str,
-        typer.Option(help="rules of other hardware to obey: mixed, static, split, host-lists, rectangular"),
+        typer.Option(
+            help="rules of other hardware that L5 obeys: mixed, static, split, host-lists, rectangular"
+        ),
     ] = "",
     time_factor: Annotated[
         float, typer.Option(help="multiplies the time limit of each check, for emulated devices")
@@ -102,8 +104,12 @@ def run(
     try:
         try:
             subject = _target(backend, dtype, device, option, constraints)
+            if constraints and parse_levels(level) != (5,):
+                raise ConfigError(
+                    f"--constraints are rules of an engine's steps, but --level is {level}; give --level L5"
+                )
         except BackendRefused as error:
-            given = Target(backend, dtype, device)
+            given = Target(backend, dtype, device, constraints=constraints)
             report = of_refused(given, parse_levels(level), _seed(seed), str(error))
             write(report, out)
             typer.echo(f"FAIL  {report.results[0].id}  {error}\n{out / 'report.html'}")

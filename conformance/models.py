@@ -63,7 +63,7 @@ def model_logits(
     def keep(request: PackRequest) -> None:
         inputs[f"{len(inputs)} {request.name}"] = Input(request.array, request.uses)
 
-    loaded = load_model(model, config, checkpoint, keep, dtype=dtype, max_length=256)
+    loaded = load_model(model, config, checkpoint, keep, dtype=dtype, max_length=max(256, len(ids)))
 
     def fn(ops: Any, weights: Any, caches: Any, step: Any) -> Any:
         return loaded.fn(ops, tuple(weights.values()), caches, step)

@@ -47,6 +47,9 @@ def to_html(report: Report) -> str:
         f"{'quick' if run['quick'] else 'full'}, {run['start']} to {run['end']}",
         "commit": e["commit"] or "not told",
     }
+    if report.emulated:
+        kept = ", ".join(run.get("kept", ())) or "nothing"
+        facts["constraints"] = f"{run['constraints']}, emulated; of the backend's own rules stay: {kept}"
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width'>",

@@ -62,9 +62,17 @@ class Report:
         """One line."""
         meaning = EXIT_MEANING[self.exit_code]
         counts = ", ".join(f"{n} {status}" for status, n in sorted(self.counts.items()))
-        under = f", constraints {self.run['constraints']}" if self.run.get("constraints") else ""
+        levels = f"{self.run['levels_text']}{f' {self.emulated}' if self.emulated else ''}"
+        return f"{self.backend['name']}, {levels}: {meaning} ({counts or 'no checks'})"
+
+    @property
+    def emulated(self) -> str:
+        """That the run was under constraints, in words; "" where it was not."""
+        name = self.run.get("constraints", "")
         return (
-            f"{self.backend['name']}, {self.run['levels_text']}{under}: {meaning} ({counts or 'no checks'})"
+            f"under the constraints {name} (emulated: the rules of its steps, not its hardware)"
+            if name
+            else ""
         )
 
     def by_level(self) -> dict[int, Counter[str]]:
@@ -132,9 +140,15 @@ def environment_facts(info: DeviceInfo | None) -> dict[str, Any]:
 
 
 def run_facts(
-    levels: Sequence[int], seed: int, shard: tuple[int, int], target: Target, quick: bool, start: datetime
+    levels: Sequence[int],
+    seed: int,
+    shard: tuple[int, int],
+    target: Target,
+    quick: bool,
+    start: datetime,
+    kept: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What was asked for."""
+    """What was asked for. `kept`: rules of the backend's that the constraints could not replace."""
     return {
         "levels": list(levels),
         "levels_text": levels_text(levels),
@@ -144,6 +158,7 @@ def run_facts(
         "options": dict(target.options),
         "fault": target.fault,
         "constraints": target.constraints,
+        "kept": list(kept),
         "quick": quick,
         "shard": list(shard),
         "start": start.isoformat(timespec="seconds"),
@@ -253,6 +268,7 @@ def merge(reports: Sequence[Report], sources: Sequence[str]) -> Report:
 
     def kind(report: Report) -> tuple[object, ...]:
         run = {k: report.run[k] for k in ("levels", "seed", "dtype", "options", "fault", "quick")}
+        run["constraints"] = report.run.get("constraints", "")
         return digest(report.suite), report.backend["spec_sha256"], digest(run), report.run["shard"][1]
 
     for report, source in zip(reports, sources, strict=True):
@@ -323,6 +339,7 @@ def to_markdown(report: Report) -> str:
         f"# Conformance of `{b['name']}`",
         "",
         f"{report.verdict}.",
+        *_kept(report),
         "",
         f"Suite {report.suite['version']}, contract {'.'.join(map(str, report.suite['contract']))}; "
         f"{b['summary']} ({b['version'] or 'not installed as a distribution'}); {e['device']}, "
@@ -357,8 +374,20 @@ def to_markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _kept(report: Report) -> list[str]:
+    kept = report.run.get("kept", ())
+    return (
+        ["", f"Rules of the backend's own stand in place of the constraints': {', '.join(kept)}."]
+        if kept
+        else []
+    )
+
+
 def badge_text(report: Report) -> str:
-    """What a badge says: the highest level up to which every one passed."""
+    """What a badge says: the highest level up to which every one passed; or the constraints."""
+    if name := report.run.get("constraints", ""):
+        outcome = "pass" if report.exit_code == 0 else "none"
+        return f"conformance {report.suite['version']} · {name} rules · emulated · {outcome}"
     reached = -1
     for level, counts in sorted(report.by_level().items()):
         if level != reached + 1 or not counts[Status.PASS]:

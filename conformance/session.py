@@ -223,7 +223,13 @@ class Session:
             backend=reports.backend_facts(self._subject),
             environment=facts,
             run=reports.run_facts(
-                self._levels, self._seed, self._shard, self._subject.target, self._request.quick, self._start
+                self._levels,
+                self._seed,
+                self._shard,
+                self._subject.target,
+                self._request.quick,
+                self._start,
+                () if self._subject.watch is None else self._subject.watch.narrowed.kept,
             ),
             results=tuple(results),
             waivers=tuple(_as_dict(waiver) for waiver in used),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.contract.errors import PluginError
 from core.contract.interfaces import Device
@@ -23,6 +23,9 @@ from core.contract.spec import BackendSpec
 from core.contract.types import DeviceInfo, Unavailable
 from core.plugins import BackendHandle, Plugins
 
+if TYPE_CHECKING:
+    from conformance.constraints.watch import Watch
+
 
 @dataclass(frozen=True)
 class Target:
@@ -32,7 +35,8 @@ class Target:
         backend: a backend's name, or "module:object" of a plugin that is not installed.
         dtype: compute dtype. index: of the device. options: backend options.
         fault: name of a planted fault and its severity, "" = none (`conformance.zoo`).
-        constraints: name of rules that are declared beside the backend's own, "" = none.
+        constraints: name of a profile of rules that the backend runs under, "" = its own
+            (`conformance.constraints`).
     """
 
     backend: str
@@ -52,11 +56,16 @@ class BackendRefused(PluginError):
 
 
 class Subject:
-    """A backend and its device, opened when it is first needed."""
+    """A backend and its device, opened when it is first needed.
 
-    def __init__(self, target: Target, handle: BackendHandle) -> None:
+    Attributes:
+        watch: what sees its steps, where it runs under constraints.
+    """
+
+    def __init__(self, target: Target, handle: BackendHandle, watch: Watch | None = None) -> None:
         self.target = target
         self.handle = handle
+        self.watch = watch
 
     @property
     def plugin(self) -> Any:
@@ -78,19 +87,17 @@ class Subject:
         """Load the backend.
 
         Raises:
-            BackendMissing, BackendRefused: as these say. ConfigError: constraints that it cannot obey.
+            BackendMissing, BackendRefused: as these say. ConfigError: there are no such constraints.
         """
-        subject = cls._own(target)
+        subject = cls._load(target)
         if not target.constraints:
             return subject
-        from conformance.constraints import Constrained, constraints_of
+        from conformance.constraints.wrap import constrained
 
-        plugin = Constrained(subject.handle, constraints_of(target.constraints))
-        return cls(target, Plugins(disabled=frozenset()).register_backend(plugin, subject.spec.name))
+        return cls(target, *constrained(subject.handle, target.constraints))
 
     @classmethod
-    def _own(cls, target: Target) -> Subject:
-        """The backend under its own rules."""
+    def _load(cls, target: Target) -> Subject:
         plugins = Plugins(disabled=frozenset())
         name = target.backend
         if target.fault:

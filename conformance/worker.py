@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,7 +48,8 @@ def run_check(check: Check, subject: Subject, run_seed: int) -> Result:
     start = time.monotonic()
     status, message, log = Status.PASS, "", ""
     try:
-        check.run(context)
+        with nullcontext() if subject.watch is None else subject.watch.over(context):
+            check.run(context)
         if context.is_poor:
             status = Status.QUALITY_WARNING
     except Failed as error:

@@ -23,6 +23,8 @@ from core.sampling.params import SamplingParams
 MARGIN = 2e-3
 """Logits of two tokens that are nearer than this may change places in float32."""
 LENGTH, OUTPUT = 37, 12
+MAX_POSITIONS = 512
+"""Of the tiny models."""
 ENDS = ("llama", "qwen3_5")
 """Families of these checks: one of attention alone, and one with states."""
 
@@ -38,13 +40,17 @@ class Ask:
     )
 
 
+def longest(spec: BackendSpec) -> int:
+    """Tokens of a sequence at most: a few blocks, and a few chunks of a prompt."""
+    return min(max(128, 3 * spec.cache.block_sizes[0], 3 * spec.batch.prefill_multiple), MAX_POSITIONS)
+
+
 @contextmanager
 def engine_of(context: Context, family: str, **options: Any) -> Iterator[Engine]:
     """An engine of a tiny model on the backend under test."""
     spec = context.spec
     config: dict[str, Any] = {
-        # Room for a prompt of two blocks and more.
-        "max_model_len": max(128, 3 * spec.cache.block_sizes[0]),
+        "max_model_len": longest(spec),
         "max_requests": 4,
         "max_batch_tokens": 64,
         "overlap": spec.overlap,
@@ -172,21 +178,33 @@ def staggered(context: Context, family: str) -> None:
 
 
 def chunked(context: Context, family: str) -> None:
-    asks = [Ask(f"r{i}", prompt(context, i, n)) for i, n in enumerate((LENGTH, 23))]
+    chunk = max(8, context.spec.batch.prefill_multiple)
+    lengths = (LENGTH, 23) if chunk == 8 else (2 * chunk + 5, chunk + 9)
+    asks = [Ask(f"r{i}", prompt(context, i, n)) for i, n in enumerate(lengths)]
     _pair(context, family, "in chunks", [asks], max_batch_tokens=8, max_requests=2)
+
+
+def uneven(context: Context, family: str) -> None:
+    size = context.spec.cache.block_sizes[0]
+    lengths = (min(2 * size, longest(context.spec) - OUTPUT) - 3, size // 2 + 1, size + 1, 3)
+    asks = [Ask(f"r{i}", prompt(context, i, n)) for i, n in enumerate(lengths)]
+    _pair(context, family, "beside longer and shorter ones", [asks])
 
 
 def preempted(context: Context, family: str) -> None:
     with engine_of(context, family) as engine:
         size = engine.cache.plan.groups[0].block_size
-        longest = -(-engine.max_model_len // size)
-    output, length = 30, max(20, size - 10)
-    params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-    asks = [Ask(f"r{i}", prompt(context, i, length), params) for i in range(3)]
-    # Room for two of the three to reach their end.
-    blocks = 2 + 2 * -(-(length + output) // size)
-    _pair(context, family, "preempted", [asks], num_blocks=max(blocks, 2 + longest))
-    context.require(int(context.metrics["preemptions"]) > 0, "nothing was preempted, so this says nothing")
+    length = max(20, size - 10)
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    each = -(-(length + 30) // size)
+    # Room for two of them to reach their end, and for one of any length.
+    multiple = context.spec.cache.num_blocks_multiple
+    blocks = max(2 * each + 2, 2 + -(-longest(context.spec) // size))
+    blocks = -(-blocks // multiple) * multiple
+    many = max(3, blocks // each + 1)
+    asks = [Ask(f"r{i}", prompt(context, i, length), params) for i in range(many)]
+    _pair(context, family, "preempted", [asks], num_blocks=blocks, max_requests=max(many, 4))
+    context.require(bool(context.metrics["preemptions"]), "no request's blocks were taken")
 
 
 def prefix_hit(context: Context, family: str) -> None:
@@ -292,6 +310,7 @@ def seeded(context: Context, family: str) -> None:
 ABOUT: dict[Callable[..., None], str] = {
     batched: "a request gives the same tokens alone and in a batch, and they are the oracle's",
     staggered: "requests that arrive while others run give what they give alone",
+    uneven: "a request gives the same tokens beside much longer and shorter ones",
     chunked: "a prompt in chunks gives what it gives whole",
     preempted: "requests whose blocks were taken give what they would have given",
     prefix_hit: "a prompt found in the prefix cache gives what it gives anew, at every boundary",

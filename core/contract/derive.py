@@ -117,6 +117,25 @@ class LeftPaddedRectangle:
     mask: npt.NDArray[np.bool_]
 
 
+@dataclass(frozen=True)
+class RightPaddedRectangle:
+    """Rows as a rectangle of S queries, padded on the right, with the context that their blocks hold already.
+
+    Attributes:
+        tokens: [R, S] index of the query among the step's tokens; -1 in padding.
+        slots: [R, S] where the query's entry is written; 0, in the pad block, in padding.
+        query_lens: [R] queries of the row; 0 for padded rows.
+        context_lens: [R] keys before the row's first query; 0 for padded rows.
+        table: [R, B].
+    """
+
+    tokens: Int32
+    slots: Int32
+    query_lens: Int32
+    context_lens: Int32
+    table: Int32
+
+
 def cumulative_lengths(batch: StepBatch) -> CumulativeLengths:
     """Row pointers over packed queries and packed keys."""
     queries, keys = _query_lens(batch), _key_lens(batch)
@@ -220,6 +239,31 @@ def left_padded_rectangle(batch: StepBatch, group: int, width: int | None = None
     mask[keys == 0, -1] = True
     positions = np.where(keys > 0, padding + keys - 1, W * Z - 1).astype(np.int32)
     return LeftPaddedRectangle(np.where(column >= 0, inside, 0).astype(np.int32), padding, positions, mask)
+
+
+def right_padded_rectangle(batch: StepBatch, group: int, length: int | None = None) -> RightPaddedRectangle:
+    """Rows of equal length, for kernels without packed rows; for a paged or window group.
+
+    Columns that a window has freed hold the pad block, and stay in the table: a column tells its position.
+
+    Args:
+        length: S, queries of each row; None = the bucket's `max_query`.
+
+    Raises:
+        ValueError: `length` is too small.
+    """
+    queries = _query_lens(batch)
+    longest = int(queries.max(initial=0))
+    S = batch.bucket.max_query if length is None else length
+    if longest > S:
+        raise ValueError(f"right_padded_rectangle: a row has {longest} queries but length is {S}; raise it")
+    i = np.arange(S)
+    is_real = i < queries[:, None]  # [R, S]
+    tokens = np.where(is_real, batch.query_start[:-1, None] + i, -1).astype(np.int32)
+    slots = np.where(is_real, batch.slots(group)[tokens], 0).astype(np.int32)
+    return RightPaddedRectangle(
+        tokens, slots, queries, _key_lens(batch) - queries, batch.block_table(group).copy()
+    )
 
 
 def _query_lens(batch: StepBatch) -> Int32:

@@ -260,6 +260,37 @@ def test_a_left_padded_rectangle_alone_is_enough_for_decode(
     assert form.mask.shape == (case.batch.bucket.requests, form.table.shape[1] * case.Z)
 
 
+@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_right_padded_rectangle_alone_is_enough_with_context_from_its_table(seed: int, extra: int) -> None:
+    case = Case(seed, mixed(seed))
+    b = case.batch
+    b.slots(0)[: b.num_tokens] = [
+        b.block_table(0)[r, p // case.Z] * case.Z + p % case.Z
+        for r, p in zip(b.row_of_token[: b.num_tokens], b.positions[: b.num_tokens], strict=True)
+    ]
+    form = derive.right_padded_rectangle(b, 0, b.bucket.max_query + extra if extra else None)
+    R, S = b.bucket.requests, b.bucket.max_query + extra
+    assert form.tokens.shape == form.slots.shape == (R, S)
+    k, v = case.k.reshape(-1, HEAD), case.v.reshape(-1, HEAD)
+    out = np.full_like(case.wanted, np.nan)
+    for r in range(R):
+        n, context = int(form.query_lens[r]), int(form.context_lens[r])
+        old = form.table[r, np.arange(context) // case.Z] * case.Z + np.arange(context) % case.Z
+        keys = np.concatenate([old, form.slots[r, :n]])
+        for i, token in enumerate(form.tokens[r, :n]):
+            seen = keys[: context + i + 1]
+            out[token] = softmax_sum(case.q[token], k[seen], v[seen])
+        assert (form.tokens[r, n:] == -1).all() and not form.slots[r, n:].any()
+    np.testing.assert_allclose(out, case.wanted, rtol=1e-12)
+    assert not form.query_lens[b.num_requests :].any() and not form.context_lens[b.num_requests :].any()
+
+
+def test_a_right_padded_rectangle_refuses_a_length_that_loses_queries() -> None:
+    with pytest.raises(ValueError, match="raise it"):
+        derive.right_padded_rectangle(Case(0, (DECODE, PREFILL)).batch, 0, 1)
+
+
 @pytest.mark.parametrize("form", [derive.flat_blocks, derive.left_padded_rectangle])
 def test_a_decode_form_refuses_rows_of_several_queries(form: type) -> None:
     with pytest.raises(ValueError, match="serves rows of one query"):
@@ -281,6 +312,7 @@ def test_forms_share_no_memory_with_the_batch(seed: int) -> None:
         derive.csr_pages(batch, 0),
         derive.flat_blocks(batch, 0),
         derive.flat_pages(batch, 0),
+        derive.right_padded_rectangle(batch, 0),
         derive.left_padded_rectangle(batch, 0),
     ):
         for value in vars(form).values():

@@ -32,7 +32,7 @@ SPEC = BackendSpec(
     shapes=ShapeRules(
         kind="static", token_buckets=(64, 256), request_buckets=(1, 4, 8), width_buckets=(1, 2, 4, 8)
     ),
-    cache=CacheRules(block_sizes=(64, 16, 128)),
+    cache=CacheRules(block_sizes=(64,)),
     attention=AttentionRules(window=True, soft_cap=True, lse=True),
 )
 

@@ -75,7 +75,7 @@ class CpuProgram:
                 logits = logits[torch.from_numpy(batch.sample_rows[:n])]
             sampled = self._sampler.sample(logits[:n], sampling)
             slots = torch.from_numpy(batch.sample_slots[:n])
-            state.last[slots] = torch.from_numpy(np.ascontiguousarray(sampled.tokens, np.int32))
+            state.last[slots] = torch.from_numpy(np.maximum(sampled.tokens, 0))
         return Done(sampled), State(*state)
 
     def run_and_sample(

@@ -73,6 +73,8 @@ def take_rows(sampling: SamplingBatch, rows: npt.NDArray[np.int64]) -> SamplingB
 
 
 def _argmax(logits: torch.Tensor) -> npt.NDArray[np.int32]:
-    # torch's CPU argmax gives the first of equal values, which is the lowest id.
-    tokens: npt.NDArray[np.int32] = logits.argmax(-1).to(torch.int32).numpy()
+    # torch's CPU argmax gives the first of equal values, which is the lowest id; NaN counts as the largest.
+    found = logits.argmax(-1, keepdim=True)
+    drawn = logits.gather(-1, found).isfinite()
+    tokens: npt.NDArray[np.int32] = torch.where(drawn, found, -1)[:, 0].to(torch.int32).numpy()
     return tokens

@@ -75,7 +75,7 @@ class ReferenceProgram:
             logits = logits[batch.sample_rows[:n]]
         sampled = self._sampler(logits, sampling)
         state = supersede(state)
-        state.last[batch.sample_slots[:n]] = sampled.tokens
+        state.last[batch.sample_slots[:n]] = np.maximum(sampled.tokens, 0)
         return Done(sampled), state
 
     def run_and_sample(

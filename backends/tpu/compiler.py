@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
@@ -76,7 +77,7 @@ class TpuProgram:
         return tokens, self._trace_store(tokens, flat, last)
 
     def _trace_store(self, tokens: Array, flat: Array, last: Array) -> Array:
-        return last.at[self._request.layout.views(flat)["sample_slots"]].set(tokens)
+        return last.at[self._request.layout.views(flat)["sample_slots"]].set(jnp.maximum(tokens, 0))
 
     def warm(self, state: State) -> State:
         """Compile by running a step of padding only, which writes to pad blocks and the pad slot."""

@@ -18,8 +18,11 @@ def is_greedy(sampling: SamplingBatch) -> bool:
 
 
 def greedy(logits: Array) -> jax.Array:
-    """logits [n, V] -> int32 [n]; ties go to the lowest id."""
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    """logits [n, V] -> int32 [n]; ties go to the lowest id. -1 where the largest, as which NaN counts, is not
+    finite.
+    """
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), tokens, -1)
 
 
 class TokensOnDevice:

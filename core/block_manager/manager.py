@@ -405,6 +405,20 @@ class BlockManager:
             self._slots.nodes[slot] = None
         self._prefix.clear()
 
+    def forget(self, slot: int) -> None:
+        """What the request computed, or found cached, is not to be trusted: nobody will hit it any more, and
+        the request caches nothing more. Others that share its blocks keep them.
+        """
+        self._require_open(slot)
+        node, self._slots.nodes[slot] = self._slots.nodes[slot], None
+        if node is None:
+            return
+        prefix: Node | None = node
+        while prefix is not None:
+            self._prefix.forget(prefix)
+            prefix = prefix.parent
+        self._prefix.drop(node)
+
     # State checkpoints
 
     def checkpoint_for(self, slot: int, start: int, end: int, group: int) -> tuple[int, int] | None:

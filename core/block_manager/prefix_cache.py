@@ -148,6 +148,16 @@ class PrefixCache:
             self.drop_checkpoints(node)
         self._prune(node)
 
+    def forget(self, node: Node) -> None:
+        """Forget the blocks and checkpoints of a node, whoever holds them. The caller holds the node."""
+        for group, block in enumerate(node.blocks):
+            if block >= 0 and group not in self.state_groups:
+                node.blocks[group] = -1
+                node.attached -= 1
+                del self.owners[group][block]
+                self.pools[group].unmark(block)
+        self.drop_checkpoints(node)
+
     def drop_checkpoints(self, node: Node) -> None:
         """Forget all checkpoints of a node."""
         for group in self.state_groups:

@@ -114,8 +114,11 @@ def _write(llm: LLM, streams: Sequence[RequestStream], texts: Texts, is_shown: b
         raise
     texts.end()
     for number, stream in enumerate(streams, start=1):
-        if stream.output().outputs[0].finish_reason == "deadline":
+        ended = stream.output().outputs[0]
+        if ended.finish_reason == "deadline":
             print(f"text {number} of {len(streams)} was ended by its time limit", file=sys.stderr)
+        elif ended.finish_reason == "error":
+            print(f"text {number} of {len(streams)} failed: {ended.stop_reason}", file=sys.stderr)
 
 
 class Texts:

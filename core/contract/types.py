@@ -309,7 +309,8 @@ class SampledTokens:
     """Result of sampling on the host.
 
     Attributes:
-        tokens: int32 [n].
+        tokens: int32 [n]; -1 where nothing was drawn, as the largest logit is no finite number (NaN counts as
+            the largest). Such a row's place in `last` gets 0, so that steps in flight have an id.
         logprobs: where a row asked for them, float32 [n]: log-softmax of the raw logits at the token; NaN in
             rows that did not ask.
         ranks: int32 [n]: 1 + how many ids have a larger raw logit than the token.

@@ -19,7 +19,8 @@ class EngineMetrics:
         prefix_query_tokens, prefix_hit_tokens: tokens looked up in the prefix cache and found, in total; a
             sequence that starts again after a preemption counts again.
         prompt_tokens, generated_tokens: of requests queued, and accepted for output, in total.
-        finished: sequences by the reason of their end ("stop", "length", "abort", "deadline"), in total.
+        finished: sequences by the reason of their end ("stop", "length", "abort", "deadline", "error"), in
+            total.
     """
 
     num_running: int = 0

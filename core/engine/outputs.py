@@ -32,8 +32,9 @@ class CompletionOutput:
     """One continuation.
 
     Attributes:
-        finish_reason: "stop", "length", "abort", "deadline"; None while it runs.
-        stop_reason: the stop id or text that ended it; None for the model's own end of sequence.
+        finish_reason: "stop", "length", "abort", "deadline", "error"; None while it runs.
+        stop_reason: the stop id or text that ended it, or what failed; None for the model's own end of
+            sequence.
         logprobs: of each token, by id: the token's and those of the most likely ones; None = not asked for.
     """
 

@@ -20,7 +20,7 @@ class StreamEvent(NamedTuple):
     Attributes:
         choice: index among the request's continuations.
         cached_tokens: prompt tokens found in the prefix cache.
-        finish_reason: None while it runs. stop_reason: the id that ended it.
+        finish_reason: None while it runs. stop_reason: the id that ended it, or what failed.
         num_preemptions: so far. logprobs: the fields of a TokenLogprobs, where they were asked for.
         prompt_logprobs: the same of the prompt's tokens, with the first token.
     """
@@ -30,7 +30,7 @@ class StreamEvent(NamedTuple):
     token: int
     cached_tokens: int = 0
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     num_preemptions: int = 0
     logprobs: PlainLogprobs | None = None
     prompt_logprobs: tuple[PlainLogprobs | None, ...] | None = None
@@ -110,7 +110,7 @@ class _Choice:
         self._searched = max(0, len(self.text) - longest + 1)
         return None
 
-    def finish(self, reason: str | None, stop: int | None) -> None:
+    def finish(self, reason: str | None, stop: int | str | None) -> None:
         """The continuation ended; what the detokenizer held back comes out unless a stop text cut it."""
         if self._detokenizer is not None and self.stop_reason is None:
             self.text += self._detokenizer.finish()

@@ -26,9 +26,9 @@ from core.contract.types import Bucket, SamplingBatch
 from core.engine.config import EngineConfig
 from core.engine.memory import CacheBudget, check_layers
 from core.engine.resolve import Facts, Resolution, resolve
-from core.models import ModelDefinition, definition
+from core.models import ModelDefinition, read_config
 from core.models.config import ModelConfig, eos_ids
-from core.models.config_types import check_types
+from core.models.fields import check_fields
 from core.parallel.sharding import Shard
 from core.parallel.tensor_parallel import TensorParallelOps
 from core.plugins import BackendHandle
@@ -63,28 +63,11 @@ def read_model(checkpoint: Checkpoint) -> tuple[ModelDefinition, ModelConfig]:
     Raises:
         ConfigError: an architecture or option that is not known, or values that cannot be.
     """
-    hf = checkpoint.config()
-    try:
-        check_types(hf)
-    except ConfigError as e:
-        raise ConfigError(f"{checkpoint.path}: {e}; check config.json") from None
-    model = definition(hf)
-    try:
-        c = model.adapt(model.config(hf), checkpoint.names())
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-        raise ConfigError(
-            f"{checkpoint.path}: the config cannot be read as that of {hf['architectures'][0]} "
-            f"({type(e).__name__}: {e}); check config.json"
-        ) from None
-    check_sizes(c, checkpoint.path)
+    model, c = read_config(checkpoint.config(), checkpoint.names(), checkpoint.path)
     ends = dict.fromkeys((*c.eos_token_ids, *_generation_ends(checkpoint.path)))
-    for end in ends:
-        if not 0 <= end < c.vocab_size:
-            raise ConfigError(
-                f"{checkpoint.path}: eos_token_id {end} is outside the vocabulary of {c.vocab_size} ids; "
-                "check config.json and generation_config.json"
-            )
-    return model, replace(c, eos_token_ids=tuple(ends))
+    c = replace(c, eos_token_ids=tuple(ends))
+    check_sizes(c, checkpoint.path)
+    return model, c
 
 
 def _generation_ends(path: Path) -> tuple[int, ...]:
@@ -97,7 +80,9 @@ def _generation_ends(path: Path) -> tuple[int, ...]:
     if not file.is_file():
         return ()
     try:
-        return eos_ids(json.loads(file.read_text(encoding="utf-8")))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        check_fields({"eos_token_id": found.get("eos_token_id")}, file)
+        return eos_ids(found)
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise ConfigError(f"{file} cannot be read ({type(e).__name__}: {e}); mend or delete it") from None
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 from core.contract.errors import ConfigError
 from core.models.base import ModelDefinition
+from core.models.config import ModelConfig
+from core.models.fields import check_fields
 
-__all__ = ["ARCHITECTURES", "ModelDefinition", "definition"]
+__all__ = ["ARCHITECTURES", "ModelDefinition", "definition", "read_config"]
 
 ARCHITECTURES: Mapping[str, str] = {
     "LlamaForCausalLM": "llama",
@@ -50,3 +53,28 @@ def definition(hf: Mapping[str, Any]) -> ModelDefinition:
     raise ConfigError(
         f"the model's architecture is {found}; supported are {', '.join(sorted(ARCHITECTURES))}"
     )
+
+
+def read_config(
+    hf: Mapping[str, Any], names: Collection[str], path: Path
+) -> tuple[ModelDefinition, ModelConfig]:
+    """The definition for a Hugging Face configuration, and what that makes of it.
+
+    Args:
+        names: of the checkpoint's tensors, where there are any. path: of the model, for messages.
+
+    Raises:
+        ConfigError: a field is not what it may be, or the architecture or an option is not known; names the
+            model. How the fields fit together is not looked at.
+    """
+    check_fields(hf, path)
+    model = definition(hf)
+    try:
+        return model, model.adapt(model.config(hf), names)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
+        raise ConfigError(
+            f"{path}: the config cannot be read as that of {hf['architectures'][0]} "
+            f"({type(e).__name__}: {e}); check config.json"
+        ) from None

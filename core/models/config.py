@@ -340,10 +340,10 @@ def windows(hf: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     size = hf.get("sliding_window")
     if not hf.get("use_sliding_window") or not size:
         return ()
-    kinds = hf.get("layer_types")
+    if hf.get("layer_types"):
+        return layer_windows(hf, num_layers)
     first = int(hf.get("max_window_layers") or 0)
-    slides = [k == "sliding_attention" for k in kinds] if kinds else [i >= first for i in range(num_layers)]
-    return tuple(int(size) if s else None for s in slides)
+    return tuple(int(size) if i >= first else None for i in range(num_layers))
 
 
 def layer_windows(hf: Mapping[str, Any], num_layers: int, every: int = 1) -> tuple[int | None, ...]:

@@ -118,7 +118,7 @@ def _layer_kinds(text: Mapping[str, Any], num_layers: int) -> tuple[LayerKind, .
     unknown = [n for n in names if n not in known]
     if unknown:
         raise ConfigError(f"layer type {unknown[0]!r} is not known; known are {', '.join(known)}")
-    return tuple(known[n] for n in names)
+    return tuple(known[n] for n in names[:num_layers])
 
 
 def _moe(text: Mapping[str, Any], num_layers: int) -> MoeConfig:

@@ -89,11 +89,17 @@ def allowed(scaled: Float32, top_k: int, top_p: float, min_p: float) -> npt.NDAr
 def sample(logits: Float32, sampling: SamplingBatch) -> SampledTokens:
     """Draw one token per row: logits float32 [n, V] -> SampledTokens with tokens int32 [n].
 
-    Whoever makes the batch sees to it that each row allows a token.
+    Whoever makes the batch sees to it that each row allows a token. Nothing is drawn, and the token is -1,
+    where the largest logit is no finite number: the model gave NaN or infinity.
     """
     raw, logits = logits, _permitted(logits, sampling)
     tokens = logits.argmax(-1).astype(np.int32)
-    drawn = np.flatnonzero(np.asarray(sampling.temperature) > 0)
+    # NaN counts as the largest in argmax and max, so what they find tells of the whole row.
+    broken = ~np.isfinite(np.take_along_axis(logits, tokens[:, None], 1)[:, 0])
+    if raw is not logits:
+        broken |= ~np.isfinite(raw.max(-1))
+    tokens[broken] = -1
+    drawn = np.flatnonzero((np.asarray(sampling.temperature) > 0) & ~broken)
     many = max(1, _AT_ONCE // logits.shape[1])
     for start in range(0, len(drawn), many):
         rows = drawn[start : start + many]
@@ -119,7 +125,12 @@ def _permitted(logits: Float32, sampling: SamplingBatch) -> Float32:
     """Logits with biases and penalties, and -inf where an id is not allowed."""
     if sampling.bias_start is None and sampling.bitmask is None and sampling.history is None:
         return logits
-    found: Float32 = logits.astype(np.float32)
+    # NaN and infinity pass through quietly: `sample` refuses their rows.
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _changed(logits.astype(np.float32), sampling)
+
+
+def _changed(found: Float32, sampling: SamplingBatch) -> Float32:
     if sampling.bias_start is not None:
         rows = np.repeat(np.arange(len(found)), np.diff(sampling.bias_start))
         found[rows, sampling.bias_ids] += sampling.bias_values
@@ -163,10 +174,10 @@ def penalize(
 
 def _with_logprobs(tokens: npt.NDArray[np.int32], raw: Float32, sampling: SamplingBatch) -> SampledTokens:
     """What rows that ask for it get to know of the raw logits."""
-    wanted = sampling.logprobs
-    if wanted is None or (np.asarray(wanted) < 0).all():
+    if sampling.logprobs is None:
         return SampledTokens(tokens)
-    return logprobs_of(tokens, raw, np.asarray(wanted))
+    wanted = np.where(tokens < 0, -1, np.asarray(sampling.logprobs))
+    return SampledTokens(tokens) if (wanted < 0).all() else logprobs_of(tokens, raw, wanted)
 
 
 def logprobs_of(tokens: npt.NDArray[np.int32], raw: Float32, wanted: npt.NDArray[np.int32]) -> SampledTokens:
@@ -178,8 +189,9 @@ def logprobs_of(tokens: npt.NDArray[np.int32], raw: Float32, wanted: npt.NDArray
     top_ids, top = np.zeros((n, k), np.int32), np.full((n, k), np.nan, np.float32)
     for i in np.flatnonzero(np.asarray(wanted) >= 0):
         row = raw[i].astype(np.float64)
-        peak = row.max()
-        normal = row - (peak + np.log(np.exp(row - peak).sum()))
+        with np.errstate(invalid="ignore"):  # a prompt's logits may be no numbers
+            peak = row.max()
+            normal = row - (peak + np.log(np.exp(row - peak).sum()))
         logprobs[i] = normal[tokens[i]]
         ranks[i] = 1 + np.count_nonzero(raw[i] > raw[i][tokens[i]])
         top_ids[i] = _largest(raw[i], k)

@@ -35,6 +35,11 @@ Phase = Literal["prefill", "decode"]
 _NONE = np.zeros(0, np.int32)
 _BEFORE_ALL = (-(2**62), 0, 0)
 
+NO_NUMBERS = (
+    "the model's logits were NaN or infinite, so no token could be drawn; try a wider dtype, and check the "
+    "weights where other prompts fail too"
+)
+
 
 class Scheduler:
     """Owns all sequences and their slots. One thread uses it."""
@@ -161,7 +166,7 @@ class Scheduler:
             if sequence.choice == choice:
                 self.finish(sequence, reason)
 
-    def finish(self, sequence: Sequence, reason: str, stop: int | None = None) -> None:
+    def finish(self, sequence: Sequence, reason: str, stop: int | str | None = None) -> None:
         """End a sequence now, wherever it is. What it has in flight emits nothing and caches nothing."""
         if sequence.status is Status.FINISHED:
             return
@@ -544,6 +549,8 @@ class Scheduler:
     ) -> list[Event]:
         """Take the tokens of the oldest step in flight, in the order of the plan's samples; events in order.
 
+        A sequence whose token is -1 ends as "error": its logits were no numbers.
+
         `sampled` has the log-probabilities of those rows that asked for them, `prompts` those of the plan's
         prompt rows.
 
@@ -557,19 +564,24 @@ class Scheduler:
             raise ValueError(f"step {step_id} sampled {len(step.samples)} rows but gave {len(tokens)} tokens")
         self._in_flight.popleft()
         self._retire(step_id)
-        self._confirm(step)
-        self._take_prompts(step, prompts)
         live = self.table.epoch[step.samples] == step.sample_epochs
         self.counters.surplus_tokens += int(np.count_nonzero(~live))
         slots = step.samples[live]
         accepted = np.asarray(tokens, np.int32)[live]
-        self.table.tokens[slots, self.table.known[slots]] = accepted
-        self.table.known[slots] += 1
+        for slot in slots[accepted < 0].tolist():
+            self.blocks.forget(slot)
+        self._confirm(step)
+        self._take_prompts(step, prompts)
+        drawn = slots[accepted >= 0]
+        self.table.tokens[drawn, self.table.known[drawn]] = accepted[accepted >= 0]
+        self.table.known[drawn] += 1
         has_logprobs = sampled is not None and sampled.logprobs is not None
         rows = np.flatnonzero(live).tolist() if has_logprobs else ()
         for i, (slot, token) in enumerate(zip(slots.tolist(), accepted.tolist(), strict=True)):
             sequence = self.table.sequences[slot]
-            if sequence is not None:
+            if sequence is not None and token < 0:
+                self.finish(sequence, "error", NO_NUMBERS)
+            elif sequence is not None:
                 self._accept(sequence, token, _logprobs(sequence, sampled, rows[i]) if rows else None)
         return self.take_events()
 

@@ -64,8 +64,8 @@ class Sequence:
             first start.
         forks: continuations that start when this one's prompt is computed.
         prompt_logprobs: TokenLogprobs of prompt tokens by position, as far as they are known.
-        finish_reason: "stop", "length", "abort" or "deadline" once finished; stop_reason: the id that
-            ended it.
+        finish_reason: "stop", "length", "abort", "deadline" or "error" once finished; stop_reason: the id
+            that ended it, or what failed.
     """
 
     request: Request
@@ -78,7 +78,7 @@ class Sequence:
     has_started: bool = False
     forks: list[Sequence] = field(default_factory=list)
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
     num_preemptions: int = 0
     prompt_logprobs: dict[int, Any] = field(default_factory=dict)
 

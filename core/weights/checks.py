@@ -16,7 +16,7 @@ import numpy as np
 from core.contract.errors import ConfigError, WeightError
 from core.contract.types import Param, Part
 from core.models.base import ModelDefinition, leaves
-from core.models.config import ModelConfig
+from core.models.config import ModelConfig, MoeConfig
 from core.weights.checkpoint import Checkpoint
 
 _FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
@@ -81,11 +81,25 @@ def check_sizes(c: ModelConfig, path: Path) -> None:
             f"{path}: the config has {c.num_heads} attention heads, which {c.num_kv_heads} KV heads do not "
             "divide; check that it belongs to these weights"
         )
+    for i in c.eos_token_ids:
+        if not 0 <= i < c.vocab_size:
+            raise ConfigError(
+                f"{path}: eos_token_id is {i} in the config or generation_config.json, but the vocabulary "
+                f"has {c.vocab_size} ids; set it to the id that ends a text"
+            )
+    for count in (len(c.layer_kinds), len(c.windows) or c.num_layers):
+        if count != c.num_layers:
+            raise ConfigError(
+                f"{path}: the config's layer_types has {count} entries, but {c.num_layers} layers are wanted"
+            )
     _check_figures(c, path)
+    _check_rope(c, path)
+    if c.moe is not None:
+        _check_experts(c.moe, path)
 
 
 def _check_figures(c: ModelConfig, path: Path) -> None:
-    """Figures that are no counts, and those of routing."""
+    """Figures that are no counts."""
     positive = {
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope.theta,
@@ -96,25 +110,68 @@ def _check_figures(c: ModelConfig, path: Path) -> None:
     for name, value in positive.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"{path}: the config's {name} is {value}, but it must be positive and finite")
-    if c.moe is None:
-        return
-    route = c.moe.route
+    if c.linear is not None and c.linear.num_v_heads % c.linear.num_k_heads:
+        raise ConfigError(
+            f"{path}: the config's linear_num_value_heads is {c.linear.num_v_heads}, which "
+            f"{c.linear.num_k_heads} key heads (linear_num_key_heads) do not divide"
+        )
+
+
+def _check_rope(c: ModelConfig, path: Path) -> None:
+    for rope in (c.rope, c.local_rope or c.rope):
+        most = c.latent.rope_size if c.latent is not None else c.head_size
+        if rope.rotary_size % 2 or not 2 <= rope.rotary_size <= most:
+            raise ConfigError(
+                f"{path}: {rope.rotary_size} elements of heads of {most} are rotated (head_dim or "
+                "qk_rope_head_dim, times partial_rotary_factor), but an even number from 2 on is wanted"
+            )
+        if rope.scaling == "llama3" and not rope.low < rope.high:
+            raise ConfigError(
+                f"{path}: rope scaling's low_freq_factor is {rope.low} and high_freq_factor {rope.high}, but "
+                "the former must be smaller"
+            )
+        if rope.scaling == "dynamic" and rope.rotary_size < 4:
+            raise ConfigError(
+                f"{path}: {rope.rotary_size} elements of a head are rotated, but rope scaling 'dynamic' "
+                "wants 4 or more"
+            )
+
+
+def _check_experts(moe: MoeConfig, path: Path) -> None:
+    """Sizes and routing of experts."""
+    route = moe.route
+    if moe.mlp_size < 1:
+        raise ConfigError(
+            f"{path}: the config's moe_intermediate_size is {moe.mlp_size}; 1 or more is wanted"
+        )
     if not 1 <= route.top_k <= route.num_experts:
         raise ConfigError(
-            f"{path}: the config takes {route.top_k} experts of {route.num_experts} for a token; 1 to all "
-            "are wanted"
+            f"{path}: the config takes {route.top_k} experts of {route.num_experts} for a token "
+            "(num_experts_per_tok); 1 to all are wanted"
         )
     if route.num_groups < 1 or route.num_experts % route.num_groups:
         raise ConfigError(
-            f"{path}: the config has {route.num_experts} experts in {route.num_groups} groups, which do not "
-            "divide them"
+            f"{path}: the config has {route.num_experts} experts in {route.num_groups} groups (n_group), "
+            "which do not divide them"
         )
     if not 1 <= route.top_groups <= route.num_groups:
         raise ConfigError(
-            f"{path}: the config takes {route.top_groups} of {route.num_groups} groups; take 1 to all"
+            f"{path}: the config takes {route.top_groups} of {route.num_groups} groups (topk_group); take "
+            "1 to all"
         )
-    if c.moe.limit is not None and not c.moe.limit > 0:
-        raise ConfigError(f"{path}: the config's swiglu_limit is {c.moe.limit}, but it must be positive")
+    size = route.num_experts // route.num_groups
+    if route.top_k > route.top_groups * size:
+        raise ConfigError(
+            f"{path}: the config takes {route.top_k} experts for a token (num_experts_per_tok), but "
+            f"{route.top_groups} groups (topk_group) of {size} have {route.top_groups * size}; lower it"
+        )
+    if route.num_groups > 1 and route.group_score == "top2_sum" and size < 2:
+        raise ConfigError(
+            f"{path}: the config's groups (n_group) have {size} expert, but they score by their best two; "
+            "2 or more are wanted"
+        )
+    if moe.limit is not None and not moe.limit > 0:
+        raise ConfigError(f"{path}: the config's swiglu_limit is {moe.limit}, but it must be positive")
 
 
 def _check_dtype(checkpoint: Checkpoint, name: str) -> None:

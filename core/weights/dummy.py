@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from core.contract.errors import ConfigError, WeightError
 from core.contract.types import Param
-from core.models import definition
+from core.models import read_config
 from core.models.base import leaves
 from core.models.config import checkpoint_dtype
 from core.weights.checkpoint import Index, StoredTensor, check_index
-from core.weights.checks import stored_shape
+from core.weights.checks import check_sizes, stored_shape
 
 # A prime, so that steps of any length come to every place of the pool before they return to the first.
 _POOL = (1 << 22) - 3
@@ -135,14 +135,9 @@ def dummy_checkpoint(path: Path, seed: int = 0) -> DummyCheckpoint:
         ) from None
     if not isinstance(hf, dict):
         raise ConfigError(f"{file} holds a {type(hf).__name__}; dummy weights want the model's config.json")
-    model = definition(hf)
-    try:
-        c = model.adapt(model.config(hf), ())
-        params = [leaf for leaf in leaves(model.params(c)) if isinstance(leaf, Param)]
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-        raise ConfigError(
-            f"{file} cannot be read as the config of {hf['architectures'][0]} ({type(e).__name__}: {e})"
-        ) from None
+    model, c = read_config(hf, (), file)
+    check_sizes(c, file)
+    params = [leaf for leaf in leaves(model.params(c)) if isinstance(leaf, Param)]
     shapes: dict[str, tuple[int, ...]] = {}
     centres: dict[str, float] = {}
     for part in (part for param in params for part in param.parts):

@@ -274,13 +274,17 @@ OTHER: dict[str, tuple[str, dict[str, Any], str]] = {
     "no expert for a token": ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok|0 experts of 8"),
     "groups": ("deepseek_v3", {"topk_group": 9}, "9 of 4 groups"),
     "groups that do not divide": ("deepseek_v3", {"n_group": 3}, "3 groups"),
-    "half a head": ("llama", {"num_attention_heads": 4.5}, "num_attention_heads is 4.5, but a whole number"),
+    "half a head": (
+        "llama",
+        {"num_attention_heads": 4.5},
+        "num_attention_heads is 4.5, but it must be a whole number",
+    ),
     "a count as a text": ("llama", {"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
     "a count that is true": ("llama", {"num_key_value_heads": True}, "num_key_value_heads is True"),
     "a switch as a text": (
         "llama",
         {"tie_word_embeddings": "false"},
-        "tie_word_embeddings is 'false', but true",
+        "tie_word_embeddings is 'false', but it must be true",
     ),
     "one architecture": (
         "llama",
@@ -290,7 +294,7 @@ OTHER: dict[str, tuple[str, dict[str, Any], str]] = {
     "no number for theta": (
         "llama",
         {"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}},
-        "rope_theta is nan, but a finite number",
+        "rope_theta is nan, but it must be a finite number",
     ),
     "negative factor": (
         "llama",
@@ -299,7 +303,7 @@ OTHER: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "soft cap": ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping is 0"),
     "limit": ("gpt_oss", {"swiglu_limit": -1.0}, "swiglu_limit is -1"),
-    "end": ("llama", {"eos_token_id": [1, 99999]}, "eos_token_id 99999 is outside the vocabulary of 256"),
+    "end": ("llama", {"eos_token_id": [1, 99999]}, "eos_token_id is 99999 .* has 256 ids"),
     "epsilon": ("llama", {"rms_norm_eps": -1.0}, "rms_norm_eps is -1"),
     "theta": (
         "llama",

@@ -37,6 +37,7 @@ class Bench:
     Args:
         exact: give results in float64, bit for bit. Logits cross the waist in float32, so each float64 is
             sent as two float32; for the reference backend only, whose arrays are NumPy's.
+        table: what is put in place of the backend's op table, given that.
     """
 
     def __init__(
@@ -48,12 +49,13 @@ class Bench:
         fn: CaseFunction,
         *,
         exact: bool = False,
+        table: Callable[[Ops], Ops] = lambda ops: ops,
     ) -> None:
         self.subject, self.dtype, self.world, self.exact = subject, dtype, world, exact
         self.rules = subject.spec.batch
         self.device = subject.device
         self.allocator = subject.handle.memory_allocator(AllocatorRequest(device=self.device))
-        self.ops: Ops = subject.handle.ops(OpsRequest(device=self.device, dtype=dtype))
+        self.ops: Ops = table(subject.handle.ops(OpsRequest(device=self.device, dtype=dtype)))
         self.weights = tuple(
             self.allocator.pack(PackRequest(array=x.array, uses=x.uses, dtype=dtype, name=key))
             for key, x in inputs.items()

@@ -28,7 +28,12 @@ LEVELS = {
 _MODULES = {
     0: ("conformance.levels.registration", "conformance.levels.refusals"),
     1: ("conformance.levels.memory",),
-    2: ("conformance.levels.kernels", "conformance.levels.addressing", "conformance.levels.sampling"),
+    2: (
+        "conformance.levels.kernels",
+        "conformance.levels.accuracy",
+        "conformance.levels.addressing",
+        "conformance.levels.sampling",
+    ),
     3: ("conformance.levels.collectives",),
     4: ("conformance.levels.models",),
     5: ("conformance.levels.engine",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from conformance import SUITE
+from conformance.bias import LIMIT, Bias
 from conformance.subject import Subject
-from conformance.tolerance import Precision
+from conformance.tolerance import KAPPA, Precision, compared
 from core.contract.errors import CoreError, UnsupportedError
 from core.contract.spec import BackendSpec
 
@@ -51,7 +52,7 @@ class Context:
     @property
     def precision(self) -> Precision:
         """What the backend promises in the dtype under test."""
-        return Precision(out=self.dtype, accumulator=self.spec.accumulator)
+        return precision_of(self.spec, self.dtype)
 
     def rng(self) -> np.random.Generator:
         """Random numbers of this check; the same on every host."""
@@ -95,6 +96,51 @@ class Context:
             f"{worst:.3g} times)"
         )
 
+    def as_good(
+        self,
+        found: Any,
+        wanted: Any,
+        emulated: Sequence[Any],
+        what: str,
+        kappa: float = KAPPA,
+        out: str = "",
+    ) -> None:
+        """Hold a whole tensor to the error of same-precision emulations (rule B); records both ratios.
+
+        `out`: format of the result; "" = the dtype under test.
+        """
+        found = np.asarray(found, np.float64)
+        if found.shape != wanted.shape:
+            raise Failed(f"{what} has shape {found.shape}, but {wanted.shape} is wanted")
+        ratio = compared(found, wanted, emulated, out or self.dtype, kappa)
+        self.record("ratio_B", ratio.largest)
+        self.record("ratio_B_rms", ratio.mean)
+        self.is_poor |= 1 < ratio.largest <= QUALITY
+        if ratio.largest > QUALITY or ratio.mean > 1:
+            raise Failed(
+                f"{what} has {ratio.largest:.3g} times the largest error and {ratio.mean:.3g} times the RMS "
+                f"error that rule B allows beside the same computation in {self.dtype}"
+            )
+
+    def unbiased(self, found: Any, wanted: Any, allowed: float, what: str) -> None:
+        """Hold the errors of a result, whose first dimension is that of independent rows, to have no trend
+        and no mean but a relative one of `allowed` (rule C); records the figures.
+        """
+        found = np.asarray(found, np.float64)
+        if found.shape != wanted.shape:
+            raise Failed(f"{what} has shape {found.shape}, but {wanted.shape} is wanted")
+        bias = Bias.of(found, wanted)
+        z = bias.z(allowed)
+        self.record("bias_z", z)
+        self.record("bias_slope", abs(bias.slope))
+        self.record("bias_mean", abs(bias.mean))
+        if z > LIMIT:
+            raise Failed(
+                f"{what} is biased: its errors have slope {bias.slope:.3g} (standard error "
+                f"{bias.slope_se:.2g}) and mean {bias.mean:.3g} ({bias.mean_se:.2g}), {z:.3g} standard "
+                "errors beyond what rule C allows; look for a wrong factor, a dropped term, or cutting off"
+            )
+
     def equal(self, found: Any, wanted: Any, what: str = "result") -> None:
         """Hold arrays to be equal element by element, in shape too (rule D)."""
         found, wanted = np.asarray(found), np.asarray(wanted)
@@ -122,6 +168,14 @@ class Context:
                 f"{what} raises {type(error).__name__} ({error}), but {kind.__name__} is wanted"
             ) from error
         raise Failed(f"{what} gives a {type(found).__name__}, but {kind.__name__} is wanted")
+
+
+def precision_of(spec: BackendSpec, dtype: str) -> Precision:
+    """What a backend promises in a compute dtype; what it does not declare is held in the accumulator."""
+    is_rounded = spec.attention.probability == "compute"
+    return Precision(
+        out=dtype, accumulator=spec.accumulator, probability=dtype if is_rounded else spec.accumulator
+    )
 
 
 def ratios(

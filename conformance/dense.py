@@ -75,6 +75,8 @@ def rope(x: Bounded, positions: Array, size: int, interleaved: bool, table: Arra
 
 
 _erfc: Any = np.frompyfunc(math.erfc, 1, 1)
+erf = np.vectorize(math.erf, otypes=[np.float64])
+"""The error function, element by element."""
 
 
 def activate(x: Bounded, activation: Activation, p: Precision) -> Bounded:

@@ -34,6 +34,8 @@ _BINS = 20
 
 def to_html(report: Report) -> str:
     """The whole page; it loads nothing from elsewhere."""
+    from conformance.report import arithmetic_text
+
     b, e, run = report.backend, report.environment, report.run
     is_good = report.exit_code == 0
     facts = {
@@ -45,6 +47,7 @@ def to_html(report: Report) -> str:
         "suite": f"{report.suite['version']}, contract {'.'.join(map(str, report.suite['contract']))}",
         "run": f"{run['levels_text']}, {run['dtype']}, seed {run['seed']}, "
         f"{'quick' if run['quick'] else 'full'}, {run['start']} to {run['end']}",
+        "arithmetic": arithmetic_text(report),
         "commit": e["commit"] or "not told",
     }
     if report.emulated:

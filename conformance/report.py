@@ -332,6 +332,16 @@ def _clean(text: str) -> str:
     return "".join(c for c in text if c in "\t\n\r" or ord(c) >= 32)
 
 
+def arithmetic_text(report: Report) -> str:
+    """What the backend declares of its arithmetic in the run's dtype: the bounds follow from it."""
+    spec, dtype = report.backend["spec"], report.run["dtype"]
+    if not spec:
+        return "not told"
+    sums = spec["accumulator"]
+    is_rounded = spec["attention"].get("probability", "accumulator") == "compute"
+    return f"results {dtype}, sums {sums}, attention weights {dtype if is_rounded else sums}"
+
+
 def to_markdown(report: Report) -> str:
     """A page for people."""
     b, e = report.backend, report.environment
@@ -348,6 +358,8 @@ def to_markdown(report: Report) -> str:
         + f"; {report.run['dtype']}, seed {report.run['seed']}"
         + (f"; commit {e['commit']}" if e["commit"] else "")
         + ".",
+        "",
+        f"Declared arithmetic: {arithmetic_text(report)}.",
         "",
         "| level | pass | fail | not supported | other | worst ratio to rule A |",
         "|---|---|---|---|---|---|",

@@ -20,6 +20,7 @@ Arrays are float64; absolute errors have the shape of what they belong to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +79,9 @@ class Precision:
 
     @property
     def u_p(self) -> float:
-        """Unit round-off of attention's weights."""
-        return UNIT_ROUNDOFF[self.probability or self.accumulator]
+        """Round-off of attention's weights; a format as wide as the sums' costs no rounding of its own."""
+        u = UNIT_ROUNDOFF[self.probability or self.accumulator]
+        return max(u, self.u_acc)
 
     @property
     def u_wide(self) -> float:
@@ -219,6 +221,53 @@ def reduction_error(parts: Array, p: Precision) -> Array:
     total = np.abs(parts).sum(0)
     steps = gamma(max(len(parts) - 1, 0), p.u_out)
     return np.asarray(steps * total + p.u_out * np.abs(parts.sum(0)) + p.tiny)
+
+
+KAPPA, KAPPA_WILD, ROOT_MEAN = 2.0, 3.0, 1.25
+"""Rule B: how many times the emulation's largest error (with soft caps or sinks), and its RMS error."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rule B over a whole tensor: ratios to its two bounds; at most 1 where it holds.
+
+    Attributes:
+        largest: of the largest error. mean: of the root of the mean square.
+    """
+
+    largest: float
+    mean: float
+
+
+def compared(
+    found: Array, exact: Array, emulated: Sequence[Array], out: str, kappa: float = KAPPA
+) -> Comparison:
+    """Rule B: found against the worst of some emulations, all of one shape.
+
+    Adding and taking off 0.3 in the format of the result shows what a last rounding may do where the
+    emulation is exact by luck; nothing can be asked to have less than a rounding's RMS error.
+    """
+    import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of NumPy)
+
+    kind = np.dtype(out)
+    rounded = exact.astype(kind)
+    shifted = (rounded + kind.type(0.3)).astype(kind) - kind.type(0.3)
+    step = float(np.abs(shifted.astype(np.float64) - exact).max(initial=0.0))
+    largest = max(float(np.abs(e - exact).max(initial=0.0)) for e in emulated)
+    least = _root_mean(rounded.astype(np.float64) - exact)
+    mean = max(least, *(_root_mean(e - exact) for e in emulated))
+    error = np.abs(found - exact)
+    if not np.isfinite(error).all():
+        return Comparison(np.inf, np.inf)
+    tiny = SMALLEST_NORMAL[out]
+    return Comparison(
+        float(error.max(initial=0.0)) / (kappa * largest + 2 * step + tiny),
+        _root_mean(error) / (ROOT_MEAN * mean + tiny),
+    )
+
+
+def _root_mean(x: Array) -> float:
+    return float(np.sqrt((x * x).mean())) if x.size else 0.0
 
 
 def worst(found: Any, wanted: Any, bound: Any) -> float:

@@ -236,9 +236,11 @@ class CpuOps(Ops):
     def linear_add(
         self, x: torch.Tensor, w: Weight, h: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See `Ops`. Consumes h; the sum is rounded once."""
-        out = h.add_(w.product(x)) if isinstance(w, PackedWeight) else h.addmm_(x, w.T)
-        return out if bias is None else out.add_(bias)
+        """See `Ops`. Consumes h. Without a bias the sum is rounded once; with one, the product is too."""
+        if isinstance(w, PackedWeight):
+            y = w.product(x)
+            return h.add_(y if bias is None else y.add_(bias))
+        return h.addmm_(x, w.T) if bias is None else h.add_(product(x, w, bias))
 
 
 def _angles(

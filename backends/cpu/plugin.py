@@ -52,6 +52,7 @@ SPEC = BackendSpec(
         lse=True,
         latent=True,
         max_decode_queries=16,
+        probability="compute",
     ),
     state_kinds=("gated_delta",),
     routed_experts=True,

@@ -76,22 +76,26 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
             yield _check(case, case.schedules[-1], "composite", _composite(case))
 
 
+def profile_of(op: str) -> str:
+    """The claim that an op belongs to."""
+    if op in ("route", "experts"):
+        return "moe"
+    if op in ("short_conv", "state_scan"):
+        return "state"
+    return "latent" if "latent" in op else "dense"
+
+
 def _check(case: Case, schedule: str, what: str, run: Callable[[Context], None]) -> Check:
     about = {
         "rule-a": "every element within the theoretical bound of the float64 reference, from the same inputs",
         "composite": "the fused op agrees with the composite of plain ops that defines it",
     }.get(what, "no result depends on memory that no live token of the row owns")
-    profile = "moe" if case.op in ("route", "experts") else "dense"
-    if case.op in ("short_conv", "state_scan"):
-        profile = "state"
-    if "latent" in case.op:
-        profile = "latent"
     return Check(
         id=f"L2/{case.op}/{case.name}-{schedule}-{what}",
         run=run,
         about=f"{case.op}, {case.name}, tokens given {schedule}: {about}",
         supported=case.supported,
-        profile=profile,
+        profile=profile_of(case.op),
         is_waivable=not what.startswith("poison"),
     )
 

@@ -98,6 +98,8 @@ class AttentionRules:
             works.
         latent: `attend_latent` works.
         max_decode_queries: query tokens of a verify row at most.
+        probability: dtype of the softmax's weights where they are multiplied with the values: the
+            accumulator's, or "compute" = rounded to the compute dtype first.
     """
 
     head_sizes: tuple[int, ...] = ()
@@ -110,6 +112,7 @@ class AttentionRules:
     lse: bool = False
     latent: bool = False
     max_decode_queries: int = 1
+    probability: Literal["accumulator", "compute"] = "accumulator"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,16 +98,14 @@ def run(
 ) -> None:
     """Run the checks of some levels, and write a report."""
     from conformance.catalogue import parse_levels
+    from conformance.constraints.rules import check_levels
     from conformance.report import of_refused, write
     from conformance.session import Request, Session
 
     try:
         try:
             subject = _target(backend, dtype, device, option, constraints)
-            if constraints and parse_levels(level) != (5,):
-                raise ConfigError(
-                    f"--constraints are rules of an engine's steps, but --level is {level}; give --level L5"
-                )
+            check_levels(constraints, parse_levels(level))
         except BackendRefused as error:
             given = Target(backend, dtype, device, constraints=constraints)
             report = of_refused(given, parse_levels(level), _seed(seed), str(error))

@@ -10,6 +10,7 @@ import pytest
 
 from conformance.catalogue import catalogue_of, lacking, parse_levels, select
 from conformance.check import Check, Result
+from conformance.constraints.rules import check_levels
 from conformance.runner import Worker, run_one
 from conformance.status import Status
 from conformance.subject import Subject, Target
@@ -46,6 +47,7 @@ class Run:
                     f"dtype is {target.dtype!r}, but the backend has {', '.join(subject.spec.dtypes)}"
                 )
             levels = parse_levels(config.getoption("--level"))
+            check_levels(target.constraints, levels)
             claimed = tuple(filter(None, config.getoption("--profile").split(",")))
             checks = select(
                 catalogue_of(subject, seed), levels, is_quick=not config.getoption("--full"), profiles=claimed

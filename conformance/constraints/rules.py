@@ -8,6 +8,7 @@ every rule binds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
 
@@ -101,6 +102,19 @@ def profile_of(name: str) -> Constraints:
     if name not in PROFILES:
         raise ConfigError(f"constraints {name!r} are not known; choose from {', '.join(PROFILES)}")
     return PROFILES[name]
+
+
+def check_levels(name: str, levels: Sequence[int]) -> None:
+    """Refuse other levels than the engine's under the profile of that name; "" = none.
+
+    Raises:
+        ConfigError: there are such.
+    """
+    if name and tuple(levels) != (5,):
+        asked = ", ".join(f"L{level}" for level in levels)
+        raise ConfigError(
+            f"constraints {name} are rules of an engine's steps, but {asked} are asked for; give --level L5"
+        )
 
 
 def narrow(spec: BackendSpec, profile: Constraints) -> Narrowed:

@@ -18,7 +18,7 @@ from conformance.constraints import shadow
 from conformance.constraints.forms import FORMS
 from conformance.constraints.rules import PROFILES, Narrowed, narrow
 from conformance.constraints.watch import Watch
-from conformance.constraints.wrap import constrained, watched
+from conformance.constraints.wrap import watched
 from conformance.levels import engine
 from conformance.report import from_json, to_badge, to_markdown, validate
 from conformance.subject import Subject, Target
@@ -27,6 +27,7 @@ from core.contract import derive
 from core.contract.spec import BackendSpec, BatchRules, CacheRules, ShapeRules
 
 SEED = 11
+EXAMPLE = Path(__file__).parents[2] / "examples" / "third_party_backend"
 
 
 def ran(subject: Subject, name: str) -> Result:
@@ -72,19 +73,15 @@ def test_where_the_host_cannot_read_the_arrays_the_form_gets_drawn_ones() -> Non
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_a_backend_with_rules_of_its_own_obeys_both(profile: str) -> None:
-    plain = Subject.of(Target("cpu"))
-    own = replace(
-        plain.spec,
-        batch=BatchRules(mixed=False),
-        shapes=ShapeRules(kind="static", token_buckets=(32, 64), request_buckets=(4,)),
-        cache=CacheRules(block_sizes=(64,)),
-    )
-    handle = watched(plain.handle, Watch(PROFILES["split"], Narrowed(own, ())))
-    both, watch = constrained(handle, profile)
-    assert watch.narrowed.spec.cache.block_sizes == (64,) and not watch.narrowed.spec.batch.mixed
-    assert ("cache.block_sizes" in watch.narrowed.kept) == (64 not in PROFILES[profile].cache.block_sizes)
-    result = ran(Subject(Target("cpu"), both, watch), "uneven-llama")
+def test_a_backend_with_rules_of_its_own_obeys_both(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    subject = under(profile, "core_tile.plugin:")
+    rules = subject.spec
+    assert not rules.batch.mixed and rules.batch.max_prefills == 1 and rules.shapes.kind == "static"
+    assert subject.watch is not None and rules.cache.block_sizes == (64,)
+    is_kept = "cache.block_sizes" in subject.watch.narrowed.kept
+    assert is_kept == (64 not in PROFILES[profile].cache.block_sizes)
+    result = ran(subject, "uneven-llama")
     assert (result.status, result.message) == ("pass", "") and result.metrics["forms_of_real_inputs"]
 
 
@@ -266,7 +263,7 @@ def test_a_report_says_that_the_rules_were_emulated(tmp_path: Path) -> None:
     ("args", "message"),
     [
         (("--level", "L5", "--constraints", "abacus"), "are not known; choose from mixed"),
-        (("--level", "L0..L5", "--constraints", "static"), "give --level L5"),
+        (("--level", "L0..L5", "--constraints", "static"), "L4, L5 are asked for; give --level L5"),
     ],
 )
 def test_constraints_that_do_not_apply_are_refused(

@@ -58,6 +58,7 @@ def test_what_cannot_be_run_is_a_usage_error(tmp_path: Path) -> None:
         ((), "no backend is given"),
         (("--backend", "cpu_reference", "--level", "L9"), "level 'L9' is not known"),
         (("--backend", "cpu_reference", "--level", "L7"), "there is no check of L7"),
+        (("--backend", "cpu_reference", "--level", "L2", "--constraints", "static"), "give --level L5"),
     ):
         code, text = run(tmp_path, *arguments)
         assert code == 2 and words in text, text

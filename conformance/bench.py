@@ -25,10 +25,11 @@ CaseFunction = Callable[[Ops, Mapping[str, Any], tuple[Any, ...], Step], tuple[A
 
 @dataclass(frozen=True)
 class Input:
-    """A host array that a case gives to `pack`, and the ops that read it."""
+    """A host array that a case gives to `pack`, the ops that read it, and its quantization."""
 
     array: Array
     uses: tuple[str, ...]
+    scheme: str = ""
 
 
 class Bench:
@@ -57,7 +58,9 @@ class Bench:
         self.allocator = subject.handle.memory_allocator(AllocatorRequest(device=self.device))
         self.ops: Ops = table(subject.handle.ops(OpsRequest(device=self.device, dtype=dtype)))
         self.weights = tuple(
-            self.allocator.pack(PackRequest(array=x.array, uses=x.uses, dtype=dtype, name=key))
+            self.allocator.pack(
+                PackRequest(array=x.array, uses=x.uses, dtype=dtype, name=key, scheme=x.scheme)
+            )
             for key, x in inputs.items()
         )
         keys = tuple(inputs)

@@ -337,6 +337,50 @@ def alarms(
     raise typer.Exit(FAILURES if false else 0)
 
 
+@app.command()
+def mutants(
+    module: Annotated[
+        list[str] | None, typer.Option(help="attention, state or sampler; may be repeated; all by default")
+    ] = None,
+    seed: Annotated[str, typer.Option(help="up to 16 hexadecimal digits")] = "0",
+    shard: Annotated[str, typer.Option(help="i/n")] = "1/1",
+    limit: Annotated[int | None, typer.Option(min=1, help="of mutants that are run")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from --out")] = False,
+    known: Annotated[
+        list[Path] | None, typer.Option("--from", help="a file of another shard; may be repeated")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file of what became of each mutant")] = None,
+) -> None:
+    """Make every small change in the text of the reference's attention, states and sampler, and see that the
+    checks of its family find it.
+    """
+    from conformance.catalogue import parse_shard
+    from conformance.zoo.mutants import FAMILIES
+    from conformance.zoo.mutation import AIM, Fate, counts, read_fates, run_mutants, score, stale
+    from conformance.zoo.run import write_results
+
+    modules = module or list(FAMILIES)
+
+    def keep(fates: Sequence[Fate]) -> None:
+        if out is not None:
+            write_results(out, fates, counts(fates))
+
+    try:
+        files = [*(known or ()), *([out] if resume and out is not None and out.exists() else ())]
+        found = run_mutants(modules, _seed(seed), parse_shard(shard), limit, read_fates(files), keep)
+        wrong = stale(found, modules)
+    except ConfigError as error:
+        _end(USAGE, str(error))
+    keep(found)
+    for what in wrong:
+        typer.echo(f"equivalent.toml: {what}")
+    numbers = ", ".join(f"{count} {status}" for status, count in counts(found).items())
+    typer.echo(
+        f"{len(found)} mutants: {numbers}; {score(found):.1%} of those that are not equivalent are killed"
+    )
+    raise typer.Exit(FAILURES if wrong or score(found) < AIM else 0)
+
+
 def new_backend(
     name: Annotated[str, typer.Argument(help="the value of backend=: lower case letters, digits and _")],
     out: Annotated[Path | None, typer.Option(help="folder; core-backend-NAME where none is given")] = None,

@@ -6,12 +6,14 @@ import json
 import os
 import queue
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import IO
 
@@ -87,12 +89,16 @@ class Worker:
             if pipe is not None:
                 pipe.close()
         if process.poll() is None:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(2)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        self._kill()
         self._log.close()
+
+    def _kill(self) -> None:
+        """End the worker and whatever it has started, which is in its session."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _tell(self, line: str) -> None:
         assert self._process.stdin is not None
@@ -109,8 +115,7 @@ class Worker:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._rest:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    self._process.kill()
-                    self._process.wait()
+                    self._kill()
                     message = f"no answer in {timeout_s:g} s ({what}); its worker was killed"
                     raise WorkerLost(Status.TIMEOUT, message, self._tail())
                 piece = os.read(self._process.stdout.fileno(), 1 << 16)

@@ -101,9 +101,11 @@ class Subject:
         plugins = Plugins(disabled=frozenset())
         name = target.backend
         if target.fault:
-            from conformance.zoo.plant import planted
+            from conformance.zoo.plant import place_of, planted
 
-            return cls(target, plugins.register_backend(planted(target.fault), name))
+            clone = planted(target.fault)
+            own = _own_name(clone) or name
+            return cls(target, plugins.register_backend(clone, own, place_of(target.fault)))
         if ":" not in name:
             plugins.load()
             try:

@@ -252,6 +252,21 @@ class World:
             steps.append(rows)
         return steps
 
+    def leaving(self) -> list[list[Row]]:
+        """All together to the last few tokens, which come one by one; the first sequence ends first.
+
+        So a row's number changes while it lives, and what had a number before is padding in the next step.
+        """
+        at, steps = [], []
+        for s, n in enumerate(self.lengths):
+            count = max(1, n - 2 * (s + 1))
+            at.append(min(n, -(-count // self.multiple) * self.multiple))
+        steps.append([Row(s, 0, count) for s, count in enumerate(at)])
+        while any(done < n for done, n in zip(at, self.lengths, strict=True)):
+            steps.append([Row(s, at[s], 1) for s, n in enumerate(self.lengths) if at[s] < n])
+            at = [min(done + 1, n) for done, n in zip(at, self.lengths, strict=True)]
+        return steps
+
     def single(self) -> list[list[Row]]:
         """One token of one sequence per step."""
         return [[Row(s, i, 1)] for s, n in enumerate(self.lengths) for i in range(n)]

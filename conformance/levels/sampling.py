@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from math import log
 from typing import Any
@@ -88,8 +87,11 @@ CHOICES: dict[str, Callable[[int], SamplingParams]] = {
     "greedy": lambda v: P(temperature=0),
     "plain": lambda v: P(),
     "top_k": lambda v: P(top_k=5),
+    "top_k-1": lambda v: P(top_k=1),
+    "top_k-1-top_p": lambda v: P(top_k=1, top_p=0.9),
     "top_p": lambda v: P(top_p=0.6),
     "min_p": lambda v: P(min_p=0.1),
+    "min_p-1": lambda v: P(min_p=1.0),
     "hot": lambda v: P(temperature=5.0, top_k=v - 1),
     "bias": lambda v: P(logit_bias={0: 3.0, v - 1: float("-inf"), v // 2: 1.5}),
     "allowed": lambda v: P(allowed_token_ids=tuple(range(v - 7, v))),
@@ -98,10 +100,19 @@ CHOICES: dict[str, Callable[[int], SamplingParams]] = {
 }
 
 
-def tokens(context: Context, choice: str, vocab: int) -> None:
+FORMS: dict[str, Callable[[Float32], Float32]] = {
+    "ties": lambda x: (np.round(2 * x) / 2).astype(np.float32),
+    "high": lambda x: (x + 1000).astype(np.float32),
+    "low": lambda x: (x - 1000).astype(np.float32),
+}
+"""Of logits: many that are equal, and such whose exponentials overflow or vanish."""
+
+
+def tokens(context: Context, choice: str, vocab: int, form: str = "", rows: int = 96) -> None:
     """Token by token those of the reference sampler, from the same logits."""
-    rows = 96
     logits: Float32 = (3 * context.rng().normal(size=(rows, vocab))).astype(np.float32)
+    if form:
+        logits = FORMS[form](logits)
     params = CHOICES[choice](vocab)
     rng = context.rng()
     draws = [
@@ -176,41 +187,6 @@ def masked(context: Context, draws: int) -> None:
             raise Failed(f"token {min(found - set(allowed))} was drawn, but only {allowed} are allowed")
 
 
-def log_probabilities(context: Context) -> None:
-    """Of the token, its rank, and the most likely ones."""
-    vocab, rows = 129, 24
-    logits: Float32 = (3 * context.rng().normal(size=(rows, vocab))).astype(np.float32)
-    draws = [Draw(P(logprobs=i % 6, temperature=i % 2), context.seed + i) for i in range(rows)]
-    batch = batch_of(draws, vocab)
-    found = Drawer(context.subject, logits, rows).draw(np.arange(rows, dtype=np.int32), batch)
-    wanted = sample(logits, batch)
-    context.require(found.logprobs is not None, "no log-probabilities are given, though rows ask for them")
-    context.equal(found.ranks, wanted.ranks, "ranks")
-    context.equal(found.top_ids, wanted.top_ids, "most likely ids")
-    context.within(
-        found.logprobs, wanted.logprobs, 2e-5 * np.abs(wanted.logprobs) + 2e-5, "log-probabilities"
-    )
-
-
-def penalties(context: Context) -> None:
-    """Presence, frequency and repetition, each by its row's history."""
-    vocab, rows = 131, 30
-    rng = context.rng()
-    logits: Float32 = (2 * rng.normal(size=(rows, vocab))).astype(np.float32)
-    batch = replace(
-        batch_of([Draw(P(temperature=i % 2), context.seed + i) for i in range(rows)], vocab),
-        presence=rng.choice([0.0, 0.7, -1.0], rows).astype(np.float32),
-        frequency=rng.choice([0.0, 0.4, 1.5], rows).astype(np.float32),
-        repetition=rng.choice([1.0, 1.4, 0.7], rows).astype(np.float32),
-        history=tuple(
-            (rng.integers(0, vocab, 9).astype(np.int32), rng.integers(0, vocab // 4, 30).astype(np.int32))
-            for _ in range(rows)
-        ),
-    )
-    found = Drawer(context.subject, logits, rows).draw(np.arange(rows, dtype=np.int32), batch).tokens
-    context.equal(found, sample(logits, batch).tokens, "tokens under penalties")
-
-
 def checks(spec: BackendSpec) -> Iterator[Check]:
     """See `conformance.catalogue`."""
     for name in DISTRIBUTIONS:
@@ -221,6 +197,15 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
             about = f"{choice}: the reference's tokens from the same logits, vocabulary {vocab}"
             run = partial(tokens, choice=choice, vocab=vocab)
             yield Check(f"L2/sampling/tokens-{choice}-{vocab}", run, about)
+    for form in FORMS:
+        for choice in ("greedy", "top_k", "top_p", "min_p", "all"):
+            about = f"{choice}: the reference's tokens from logits of the form {form}"
+            run = partial(tokens, choice=choice, vocab=1031, form=form)
+            yield Check(f"L2/sampling/tokens-{choice}-{form}", run, about)
+    for choice in ("plain", "top_p"):
+        about = f"{choice}: the reference's tokens of a vocabulary beyond 65,536"
+        run = partial(tokens, choice=choice, vocab=70_001, rows=3)
+        yield Check(f"L2/sampling/tokens-{choice}-70001", run, about)
     for what in ("seed", "position", "choice"):
         about = f"the {what} alone decides between draws"
         yield Check(f"L2/sampling/keyed-by-{what}", partial(keyed, what=what), about)
@@ -234,5 +219,3 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
         timeout_s=1800.0,
         is_quick=False,
     )
-    yield Check("L2/sampling/log-probabilities", log_probabilities, "what is reported of the raw logits")
-    yield Check("L2/sampling/penalties", penalties, "penalties by each row's own history")

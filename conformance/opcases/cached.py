@@ -30,6 +30,7 @@ from core.contract.types import CacheLayerSpec, StatePart
 
 LENGTHS = (29, 5, 18)
 SCHEDULES = ("whole", "mixed")
+ALL_SCHEDULES = ("whole", "leaving", "mixed")
 
 
 def attention_spec(
@@ -67,6 +68,7 @@ ATTENTION: dict[str, tuple[AttentionSpec, int | None]] = {
     "sinks": (attention_spec(sinks=True), None),
     "window-sinks": (attention_spec(window=5, sinks=True), None),
     "non-causal": (attention_spec(causal=False), None),
+    "non-causal-chunk": (attention_spec(causal=False, chunk=6), None),
     "q-scale": (attention_spec(q_scale=QScale(factor=0.4, floor=4)), None),
 }
 
@@ -98,6 +100,7 @@ def attention_cases() -> Iterator[Case]:
         sinks = draw(spec.num_heads) if spec.sinks else None
         source, slices = table(q, k, v)
         inputs = {"x": source, "sinks": bias_use(np.zeros(1) if sinks is None else sinks)}
+        schedules = ALL_SCHEDULES if name in ("grouped", "window-group") else SCHEDULES
         for part in ("out", "lse"):
 
             def fn(
@@ -140,7 +143,7 @@ def attention_cases() -> Iterator[Case]:
                 inputs,
                 fn,
                 exact,
-                SCHEDULES if spec.causal else ("whole",),
+                schedules if spec.causal else ("whole",),
                 declares(spec, lse=part == "lse"),
             )
 
@@ -223,9 +226,42 @@ def latent_cases() -> Iterator[Case]:
             inputs,
             fn,
             exact,
-            SCHEDULES,
+            ALL_SCHEDULES,
             lambda spec, part=part: spec.attention.latent and (part == "out" or spec.attention.lse),  # type: ignore[misc]
         )
+
+
+def shared_latent_case() -> Case:
+    """A second attention reads the latents that the first wrote, and writes nothing."""
+    world, draw, s = World(LENGTHS, (latent_layer(),)), Draw(78), LATENT
+    n, N, C, P = world.num_tokens, s.num_heads, s.latent_size, s.rope_size
+    first, second = draw(n, N, s.nope_size + P), draw(n, N, s.nope_size + P)
+    c, r = draw(n, C), draw(n, P)
+    w_k, w_v = draw.weight(N * s.nope_size, C), draw.weight(N * s.v_head_size, C)
+    source, slices = table(first, second, c, r)
+    inputs = {"x": source, "w_k": product_use(w_k), "w_v": product_use(w_v)}
+
+    def fn(ops: Any, w: Any, caches: Any, step: Any) -> Any:
+        first, second, c, r = activations(ops, w, step, slices)
+        (cache,) = caches
+        for q, new in ((first, (c, r)), (second, (None, None))):
+            q = q.reshape(-1, N, s.nope_size + P)
+            nope, rope = q[:, :, : s.nope_size], q[:, :, s.nope_size :]
+            out, _, cache = ops.attend_latent(nope, rope, *new, w["w_k"], w["w_v"], cache, step, s)
+        return out.reshape(-1, N * s.v_head_size), (cache,)
+
+    def exact(p: Precision) -> Bounded:
+        def one(t: slice) -> Bounded:
+            nope, rope = np.split(second[t], [s.nope_size], -1)
+            q = Bounded(nope), Bounded(rope), Bounded(c[t]), Bounded(r[t])
+            return dense.attend_latent(*q, w_k, w_v, s, p)[0]
+
+        return per_sequence(world, one)
+
+    name = "attend_latent-shared-cache"
+    return Case(
+        "attend_latent", name, world, inputs, fn, exact, SCHEDULES, lambda spec: spec.attention.latent
+    )
 
 
 def conv_cases() -> Iterator[Case]:
@@ -263,7 +299,7 @@ def conv_cases() -> Iterator[Case]:
             inputs,
             fn,
             exact,
-            SCHEDULES,
+            ALL_SCHEDULES,
             lambda spec: bool(spec.state_kinds),
         )
 
@@ -319,7 +355,7 @@ def scan_case(name: str, lengths: tuple[int, ...], spec: ScanSpec) -> Case:
         inputs,
         fn,
         exact,
-        SCHEDULES,
+        ALL_SCHEDULES,
         lambda declared: spec.kind in declared.state_kinds,
     )
 
@@ -338,6 +374,7 @@ def cases() -> list[Case]:
         *attention_cases(),
         shared_cache_case(),
         *latent_cases(),
+        shared_latent_case(),
         *conv_cases(),
         *scan_cases(),
     ]

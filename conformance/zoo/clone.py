@@ -1,4 +1,4 @@
-"""The reference backend once more, under another name and with its text changed: the subject of every fault.
+"""A backend of this repository once more, under another name and with its text changed.
 
 The oracle stays as it is, since the clone's modules are modules of their own.
 """
@@ -17,22 +17,22 @@ from core.contract.errors import ConfigError
 from core.plugins import Plugins
 
 BASE = "cpu_reference"
-"""The backend that faults are planted in."""
+"""The backend that faults are planted in, where they do not name another."""
 Edit = tuple[str, str, str]
 """A module of the backend, a text that it has once, and what is put in its place."""
 
 
 @cache
-def original() -> str:
-    """The backend's package."""
+def original(base: str = BASE) -> str:
+    """The package of a backend."""
     plugins = Plugins(disabled=frozenset())
     plugins.load()
-    return plugins.place(BASE).partition(":")[0].rpartition(".")[0]
+    return plugins.place(base).partition(":")[0].rpartition(".")[0]
 
 
-def sources() -> dict[str, str]:
-    """Texts of the backend's modules by name."""
-    root = Path(import_module(original()).__file__ or "").parent
+def sources(base: str = BASE) -> dict[str, str]:
+    """Texts of a backend's modules by name."""
+    root = Path(import_module(f"{original(base)}.plugin").__file__ or "").parent
     return {path.stem: path.read_text(encoding="utf-8") for path in sorted(root.glob("*.py"))}
 
 
@@ -53,8 +53,8 @@ def edited(texts: dict[str, str], edits: Sequence[Edit]) -> dict[str, str]:
     return found
 
 
-def load(texts: dict[str, str], name: str) -> ModuleType:
-    """Import the texts as package `name`; its module `plugin`."""
+def load(texts: dict[str, str], name: str, base: str = BASE) -> ModuleType:
+    """Import the texts of backend `base` as package `name`; its module `plugin`."""
     for old in [key for key in sys.modules if key.startswith(f"{name}.")]:
         del sys.modules[old]  # of an earlier text under this name
     package = ModuleType(name)
@@ -76,7 +76,7 @@ def load(texts: dict[str, str], name: str) -> ModuleType:
             parent, _, stem = full.rpartition(".")
             if parent != name or stem not in texts:
                 return None
-            text = texts[stem].replace(original(), name)
+            text = texts[stem].replace(original(base), name)
             return spec_from_loader(full, Loader(text, f"<{full}>"))  # type: ignore[arg-type]
 
     finder = Finder()

@@ -1,4 +1,4 @@
-"""The faults: each a change of a few words in the reference backend's text, and the tests that must find it.
+"""The faults: each a change of a few words in a backend's text, and the tests that must find it.
 
 They are kept in `faults.toml`, whose head says what each field means.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conformance.zoo.clone import Edit
+from conformance.zoo.clone import BASE, Edit
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Fault:
         caught_by: a regular expression that the id of a test which finds it must contain.
         edits: `{s}` in a new text is the severity.
         severities: from coarse to fine; () = the fault has no degree.
+        base: the backend whose text is changed. hang_s: after so long a test counts as hanging.
     """
 
     number: int
@@ -30,6 +31,8 @@ class Fault:
     caught_by: str
     edits: tuple[Edit, ...]
     severities: tuple[str, ...] = ()
+    base: str = BASE
+    hang_s: float = 5.0
 
 
 def _read() -> dict[str, Any]:
@@ -45,6 +48,8 @@ def _fault(entry: dict[str, Any]) -> Fault:
         entry.get("caught_by", ""),
         edits,
         tuple(entry.get("severities", ())),
+        entry.get("base", BASE),
+        entry.get("hang_s", 5.0),
     )
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from conformance.subject import Subject, Target
 from conformance.worker import Setup
 from conformance.zoo.clone import BASE
 from conformance.zoo.faults import FAULTS, LEGAL, Fault
+from conformance.zoo.mutation import Fate
 from core.contract.errors import ConfigError
 
 FAULT_S = 10.0
 """Time in which a fault must be found."""
-_HANG_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def family_of(fault: Fault, checks: Sequence[Check], subject: Subject) -> list[C
 
 def hunt(fault: Fault, severity: str, seed: int) -> Catch:
     """Run a fault's tests until one finds it, or time is up."""
-    target = Target(BASE, "float32", fault=f"{fault.name}:{severity}")
-    clean = Subject.of(Target(BASE, "float32"))
+    target = Target(fault.base, "float32", fault=f"{fault.name}:{severity}")
+    clean = Subject.of(Target(fault.base, "float32"))
     checks = family_of(fault, catalogue(clean.spec, clean.target, seed), clean)
     # Neighbouring tests are alike: a stride sees different ones early.
     stride = max(1, len(checks) // 12)
@@ -77,8 +77,10 @@ def hunt(fault: Fault, severity: str, seed: int) -> Catch:
             tests += 1
             try:
                 worker = worker or Worker(Setup(target, seed))
-                result = worker.run(_in_time(check))
+                result = worker.run(_in_time(check, fault))
             except WorkerLost as lost:
+                if lost.status is Status.INFRA:
+                    raise ConfigError(f"the clone with {fault.name} does not load: {lost.message}") from lost
                 result = Result(check.id, lost.status.value, lost.message)
             if not Status(result.status).is_good:
                 seconds = time.monotonic() - start
@@ -91,8 +93,8 @@ def hunt(fault: Fault, severity: str, seed: int) -> Catch:
             worker.close()
 
 
-def _in_time(check: Check) -> Check:
-    return replace(check, timeout_s=min(check.timeout_s, _HANG_S))
+def _in_time(check: Check, fault: Fault) -> Check:
+    return replace(check, timeout_s=min(check.timeout_s, fault.hang_s))
 
 
 def hunt_all(
@@ -172,11 +174,14 @@ def all_alarms(
     return found
 
 
-def write_results(path: Path, found: Sequence[Catch | Alarms]) -> None:
+def write_results(
+    path: Path, found: Sequence[Catch | Alarms | Fate], counts: Mapping[str, int] | None = None
+) -> None:
     """Write what was found, with the commit that CORE_COMMIT names and the version of the suite."""
     table = {
         "commit": os.environ.get("CORE_COMMIT", ""),
         "suite": SUITE,
+        **({"counts": dict(counts)} if counts is not None else {}),
         "results": [asdict(one) for one in found],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,16 @@
-"""The fault zoo: every fault can be planted, and its family finds it; the clean clone is clean."""
+"""The fault zoo: every fault can be planted, and its family finds it; the clean clones are clean."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 
-from conformance.catalogue import catalogue
+from conformance.catalogue import catalogue, lacking
+from conformance.runner import WorkerLost
+from conformance.status import Status
 from conformance.subject import Subject, Target
 from conformance.worker import run_check
 from conformance.zoo.clone import edited, load, sources
@@ -45,16 +49,49 @@ def test_the_clean_clone_raises_no_alarm() -> None:
     handle = plugins.register_backend(load(sources(), "conformance_zoo_clean"), "cpu_reference")
     subject = Subject(target, handle)
     for check in catalogue(subject.spec, target, 11):
+        if lacking(check, subject.spec) or not check.supported(subject.spec):
+            continue
         if check.level in (1, 2) and check.is_quick and "distribution" not in check.id:
             result = run_check(check, subject, 11)
             assert result.status == "pass", (check.id, result.message)
 
 
 def test_each_fault_has_a_family() -> None:
-    subject = Subject.of(Target("cpu_reference"))
-    checks = catalogue(subject.spec, subject.target, 0)
-    for fault in FAULTS:
-        assert family_of(fault, checks, subject), fault.name
+    for base in {fault.base for fault in FAULTS}:
+        subject = Subject.of(Target(base))
+        checks = catalogue(subject.spec, subject.target, 0)
+        for fault in FAULTS:
+            if fault.base == base:
+                assert family_of(fault, checks, subject), fault.name
+
+
+def test_most_faults_of_the_catalogue_have_a_subject() -> None:
+    assert len(FAULTS) >= 60
+
+
+def test_the_ranks_of_an_engine_load_the_clone_by_its_place() -> None:
+    target = Target("cpu", fault="ranks-draw-differently:")
+    subject = Subject.of(target)
+    module, _, attribute = subject.handle.plugins.registered_place(subject.spec.name).partition(":")
+    clone = getattr(import_module(module), attribute)
+    assert clone.SPEC.name == subject.spec.name != "cpu"
+    with pytest.raises(AttributeError):
+        getattr(import_module(module), "no-such-fault")
+
+
+def test_a_clone_that_does_not_load_is_no_catch(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = replace(FAULTS[0], edits=(("attention", "import math", "import no_such_module"),))
+    lost = WorkerLost(Status.INFRA, "no_such_module", "")
+    monkeypatch.setattr("conformance.zoo.run.Worker", _raising(lost))
+    with pytest.raises(ConfigError, match="does not load"):
+        hunt(broken, "", 0)
+
+
+def _raising(error: Exception) -> Callable[..., None]:
+    def call(*args: object) -> None:
+        raise error
+
+    return call
 
 
 def test_a_fault_is_hunted_by_its_family_alone() -> None:

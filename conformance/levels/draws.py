@@ -1,0 +1,157 @@
+"""L2, sampling: the ends of the noise, penalties, and what is reported of the raw logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from conformance.check import Check, Context
+from conformance.drawing import Draw, Drawer, Float32, batch_of
+from conformance.levels.sampling import P
+from core.contract.spec import BackendSpec
+from core.sampling.reference import gumbel_rows, sample
+
+ENDS = {
+    "smallest": ((62408197, 2), (78329562, 44), (148924794, 5)),
+    "largest": ((124834, 31), (443126, 118), (990517, 48)),
+}
+"""Seeds, and ids whose random word at position 2 is 0, or so large that float32 rounds it to 1."""
+MARGIN = 0.004
+"""Between two noisy logits; far more than rounding, and less than half a word of 2^-32 at the smallest."""
+
+
+def ends(context: Context, which: str) -> None:
+    """Where the random word is 0 or its largest, the noise is finite and what the contract says.
+
+    The id competes with one other, which it beats by a little, and then fails to beat by as much.
+    """
+    vocab = 128
+    seeds = np.array([seed for seed, _ in ENDS[which] for _ in range(2)], np.uint64)
+    ids = np.array([i for _, i in ENDS[which] for _ in range(2)])
+    others = (ids + 1) % vocab
+    rows = np.arange(len(ids))
+    position, choice = np.full(len(ids), 2), np.zeros(len(ids), np.int64)
+    noise = gumbel_rows(seeds, position, choice, vocab)
+    context.require(bool(np.isfinite(noise).all()), "the reference's noise is not finite")
+    wins = rows % 2 == 0
+    logits: Float32 = np.full((len(ids), vocab), -1000.0, np.float32)
+    logits[rows, ids] = 0.0
+    logits[rows, others] = noise[rows, ids] - noise[rows, others] - np.where(wins, MARGIN, -MARGIN)
+    batch = batch_of([Draw(P(), int(seed)) for seed in seeds], vocab)
+    found = Drawer(context.subject, logits, len(ids)).draw(rows.astype(np.int32), batch).tokens
+    context.equal(found, np.where(wins, ids, others), f"tokens at the {which} random words")
+
+
+def penalties(context: Context, low: float, high: float) -> None:
+    """Presence, frequency and repetition, each by its row's history, on logits from `low` to `high`."""
+    vocab, rows = 131, 48
+    rng = context.rng()
+    logits: Float32 = rng.uniform(low, high, (rows, vocab)).astype(np.float32)
+    batch = replace(
+        batch_of([Draw(P(temperature=i % 2), context.seed + i) for i in range(rows)], vocab),
+        presence=rng.choice([0.0, 0.7, -1.0], rows).astype(np.float32),
+        frequency=rng.choice([0.0, 0.4, 1.5], rows).astype(np.float32),
+        repetition=rng.choice([1.0, 1.4, 0.7, 2.0], rows).astype(np.float32),
+        # Half of the rows have said nearly everything, so what they draw was penalised.
+        history=tuple(
+            (
+                rng.integers(0, vocab, 9 if i % 2 else 500).astype(np.int32),
+                rng.integers(0, vocab // 4, 30).astype(np.int32),
+            )
+            for i in range(rows)
+        ),
+    )
+    found = Drawer(context.subject, logits, rows).draw(np.arange(rows, dtype=np.int32), batch).tokens
+    context.equal(found, sample(logits, batch).tokens, "tokens under penalties")
+
+
+def log_probabilities(context: Context, vocab: int, most: int, ask: str) -> None:
+    """Of the token, its rank, and the most likely ones, in the rows that ask.
+
+    Args:
+        most: ids that are asked for. ask: "all" rows, "some", or "none".
+    """
+    rows = 24
+    logits: Float32 = (3 * context.rng().normal(size=(rows, vocab))).astype(np.float32)
+    logits[1::4] = np.round(logits[1::4])  # ties
+    logits[2::4] *= 200.0  # exponentials that overflow
+    at = np.arange(rows)
+    asks = {"all": at >= 0, "some": at % 3 > 0, "none": at < 0}[ask]
+    counts = [most - i % 2 * (most > 1) if asks[i] else None for i in range(rows)]
+    draws = [Draw(P(logprobs=n, temperature=i % 2), context.seed + i) for i, n in enumerate(counts)]
+    batch = batch_of(draws, vocab)
+    if ask == "none":
+        batch = replace(batch, logprobs=np.full(rows, -1, np.int32))
+    found = Drawer(context.subject, logits, rows).draw(at.astype(np.int32), batch)
+    wanted = sample(logits, batch)
+    context.equal(found.tokens, wanted.tokens, "tokens")
+    if ask == "none":
+        return
+    context.require(found.logprobs is not None, "no log-probabilities are given, though rows ask for them")
+    given = np.asarray(found.logprobs)
+    context.require(bool(np.isnan(given[~asks]).all()), "rows that do not ask get log-probabilities")
+    context.equal(np.asarray(found.ranks)[asks], wanted.ranks[asks], "ranks")
+    context.equal(np.asarray(found.top_ids)[asks], wanted.top_ids[asks], "most likely ids")
+    for what, one, other in (
+        ("log-probabilities", given, wanted.logprobs),
+        ("log-probabilities of the most likely", np.asarray(found.top_logprobs), wanted.top_logprobs),
+    ):
+        context.within(one[asks], other[asks], 2e-5 * np.abs(other[asks]) + 2e-5, what)
+
+
+def not_a_number(context: Context, temperature: float, kind: str) -> None:
+    """Rows whose largest logit is no finite number draw -1 and report nothing; their neighbours do not mind.
+
+    Args:
+        kind: "plain" rows; "cut", where the id that spoils a row is not even allowed; "told", with the five
+            most likely ids; "ranked", with what is reported of the token alone.
+    """
+    vocab, rows, bad = 65, 7, 40
+    logits: Float32 = context.rng().normal(size=(rows, vocab)).astype(np.float32)
+    logits[1, bad], logits[3, bad], logits[4, :] = np.nan, np.inf, -np.inf
+    logits[5, bad] = -np.inf  # an id that cannot be drawn spoils nothing
+    allowed = tuple(range(bad)) if kind == "cut" else None
+    most = {"told": 5, "ranked": 0}.get(kind)
+    params = P(temperature=temperature, allowed_token_ids=allowed, logprobs=most)
+    draws = [Draw(params, context.seed + i) for i in range(rows)]
+    batch = batch_of(draws, vocab)
+    found = Drawer(context.subject, logits, rows).draw(np.arange(rows, dtype=np.int32), batch)
+    wanted = sample(logits, batch)
+    spoiled: npt.NDArray[np.bool_] = np.isin(np.arange(rows), (1, 3, 4))
+    context.equal(np.asarray(found.tokens)[spoiled], np.full(3, -1), "tokens of rows without a finite logit")
+    context.equal(found.tokens, wanted.tokens, "tokens")
+    if most is not None:
+        context.require(
+            np.shape(found.top_ids) == (rows, most),
+            f"most likely ids have shape {np.shape(found.top_ids)}, but {(rows, most)} is wanted",
+        )
+        context.equal(np.asarray(found.top_ids)[~spoiled], wanted.top_ids[~spoiled], "most likely ids")
+        context.require(bool(np.isnan(found.logprobs[spoiled]).all()), "spoiled rows get log-probabilities")
+        context.require(not np.isnan(found.logprobs[~spoiled]).any(), "other rows get none")
+
+
+def checks(spec: BackendSpec) -> Iterator[Check]:
+    """See `conformance.catalogue`."""
+    for which in ENDS:
+        about = f"the {which} random words give finite noise, and the reference's"
+        yield Check(f"L2/sampling/{which}-word", partial(ends, which=which), about)
+    ranges = {"mixed": (-4.0, 4.0), "positive": (0.0, 1.0), "negative": (-1.0, 0.0), "low": (-9.0, -1.0)}
+    for name, (low, high) in ranges.items():
+        about = f"penalties by each row's own history, on {name} logits"
+        yield Check(f"L2/sampling/penalties-{name}", partial(penalties, low=low, high=high), about)
+    for vocab, most in ((129, 0), (129, 1), (1031, 20), (9, 6)):
+        for ask in ("all", "some"):
+            run = partial(log_probabilities, vocab=vocab, most=most, ask=ask)
+            about = f"what is reported of the raw logits: {most} ids of {vocab}, {ask} rows ask"
+            yield Check(f"L2/sampling/log-probabilities-{vocab}-{most}-{ask}", run, about)
+    run = partial(log_probabilities, vocab=129, most=1, ask="none")
+    yield Check("L2/sampling/log-probabilities-none", run, "a batch in which no row asks is drawn as any")
+    about = "a row whose largest logit is no finite number draws -1, and spoils no other"
+    for kind in ("plain", "cut", "told", "ranked"):
+        for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
+            run = partial(not_a_number, temperature=temperature, kind=kind)
+            yield Check(f"L2/sampling/not-a-number-{kind}-{name}", run, about, is_waivable=False)

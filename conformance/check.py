@@ -13,7 +13,7 @@ import numpy.typing as npt
 from conformance import SUITE
 from conformance.bias import LIMIT, Bias
 from conformance.subject import Subject
-from conformance.tolerance import KAPPA, Precision, compared
+from conformance.tolerance import KAPPA, UNIT_ROUNDOFF, Precision, compared
 from core.contract.errors import CoreError, UnsupportedError
 from core.contract.spec import BackendSpec
 
@@ -171,11 +171,14 @@ class Context:
 
 
 def precision_of(spec: BackendSpec, dtype: str) -> Precision:
-    """What a backend promises in a compute dtype; what it does not declare is held in the accumulator."""
+    """What a backend promises in a compute dtype; what it does not declare is held in the accumulator.
+
+    An accumulator below float32 widens no bound: it is a fault, declared or not.
+    """
+    is_narrow = UNIT_ROUNDOFF[spec.accumulator] > UNIT_ROUNDOFF["float32"]
+    sums = "float32" if is_narrow else spec.accumulator
     is_rounded = spec.attention.probability == "compute"
-    return Precision(
-        out=dtype, accumulator=spec.accumulator, probability=dtype if is_rounded else spec.accumulator
-    )
+    return Precision(out=dtype, accumulator=sums, probability=dtype if is_rounded else sums)
 
 
 def ratios(

@@ -40,15 +40,14 @@ class EmulatedOps(Ops):
 
     Args:
         base: the reference backend's table; it looks up, chooses experts and knows the caches.
-        precision: where to round, and how far functions may be off. An accumulator narrower than float32 is
-            a fault of the backend, so it counts as float32.
+        precision: where to round, and how far functions may be off.
         expand: latent attention expands keys and values and rounds them, in place of the query.
     """
 
     def __init__(self, base: Ops, precision: Precision, *, expand: bool = False) -> None:
         self._base, self._expand = base, expand
         self._out = np.dtype(precision.out)
-        self._acc = np.dtype("float64" if precision.accumulator == "float64" else "float32")
+        self._acc = np.dtype(precision.accumulator)
         self._weights = np.dtype(precision.probability or self._acc)
         # What the contract keeps in float32 at least: states, routing weights, log-sum-exp, wide products.
         self._kept = np.dtype("float64" if precision.out == "float64" else "float32")

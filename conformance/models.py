@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of NumPy)
 import numpy as np
 import numpy.typing as npt
 
@@ -17,6 +18,7 @@ from conformance.families import write_folder
 from conformance.subject import Subject
 from conformance.world import Row, World
 from core.contract.batch import StepBatch
+from core.contract.ops import Ops
 from core.contract.spec import BatchRules
 from core.contract.types import PackRequest
 from core.models import definition
@@ -49,10 +51,21 @@ def folder_of(family: str) -> Path:
 
 
 def model_logits(
-    subject: Subject, family: str, ids: npt.NDArray[Any], dtype: str, seed: int, *, exact: bool = False
+    subject: Subject,
+    family: str,
+    ids: npt.NDArray[Any],
+    dtype: str,
+    seed: int,
+    *,
+    exact: bool = False,
+    held: str = "",
+    table: Callable[[Ops], Ops] = lambda ops: ops,
 ) -> Array:
     """Logits after every token of `ids` [T], then after each of its first `SHORT`, which are a sequence of
     their own: float64 [T + SHORT, V].
+
+    Weights are rounded to `held` ("" = to `dtype`) first, so that the exact result is that of the weights
+    which a backend of this dtype can hold. `exact` and `table`: as in `Bench`.
     """
     checkpoint = dummy_checkpoint(folder_of(family), seed)
     hf = checkpoint.config()
@@ -61,7 +74,10 @@ def model_logits(
     inputs: dict[str, Input] = {}
 
     def keep(request: PackRequest) -> None:
-        inputs[f"{len(inputs)} {request.name}"] = Input(request.array, request.uses)
+        array = request.array
+        if "constant" not in request.uses:
+            array = array.astype(np.dtype(held or dtype)).astype(np.float64)
+        inputs[f"{len(inputs)} {request.name}"] = Input(array, request.uses)
 
     loaded = load_model(model, config, checkpoint, keep, dtype=dtype, max_length=max(256, len(ids)))
 
@@ -73,5 +89,5 @@ def model_logits(
         layers=model.cache_layers(loaded.config, dtype),
         ids=(*map(int, ids), *map(int, ids[:SHORT])),
     ).fitted(subject.spec)
-    bench = Bench(subject, dtype, world, inputs, fn, exact=exact)
+    bench = Bench(subject, dtype, world, inputs, fn, exact=exact, table=table)
     return bench.run(world.mixed()).astype(np.float64)

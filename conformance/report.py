@@ -361,23 +361,18 @@ def to_markdown(report: Report) -> str:
         "",
         f"Declared arithmetic: {arithmetic_text(report)}.",
         "",
-        "| level | pass | fail | not supported | other | worst ratio to rule A |",
-        "|---|---|---|---|---|---|",
+        "| level | pass | fail | not supported | other | rule A, worst ratio | rule B | rule C, z |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for level, counts in report.by_level().items():
         if not counts:
-            lines.append(f"| L{level} {LEVELS[level]} | no case | | | | |")
+            lines.append(f"| L{level} {LEVELS[level]} | no case | | | | | | |")
             continue
         rest = sum(counts.values()) - sum(counts[s] for s in (Status.PASS, Status.FAIL, Status.NOT_SUPPORTED))
-        ratios = [
-            float(r.metrics["ratio_A"])
-            for r in report.results
-            if int(r.id[1]) == level and "ratio_A" in r.metrics
-        ]
-        worst = f"{max(ratios):.2f}" if ratios else ""
+        figures = " | ".join(_largest(report, level, name) for name in ("ratio_A", "ratio_B", "bias_z"))
         lines.append(
             f"| L{level} {LEVELS[level]} | {counts[Status.PASS]} | {counts[Status.FAIL]} | "
-            f"{counts[Status.NOT_SUPPORTED]} | {rest} | {worst} |"
+            f"{counts[Status.NOT_SUPPORTED]} | {rest} | {figures} |"
         )
     bad = [r for r in report.results if not Status(r.status).is_good]
     if bad:
@@ -393,6 +388,13 @@ def _kept(report: Report) -> list[str]:
         if kept
         else []
     )
+
+
+def _largest(report: Report, level: int, figure: str) -> str:
+    """The largest of a figure among a level's checks; "" where none has it."""
+    own = [r.metrics for r in report.results if int(r.id[1]) == level]
+    found = [float(metrics[figure]) for metrics in own if figure in metrics]
+    return f"{max(found):.2f}" if found else ""
 
 
 def badge_text(report: Report) -> str:

@@ -14,14 +14,18 @@ from conformance.bench import Array
 from conformance.check import Check, Context, Failed
 from conformance.families import FAMILIES, VOCAB
 from conformance.levels.kernels import oracle
+from conformance.levels.models import emulated_errors, is_wide
 from conformance.models import SHORT, folder_of, model_logits
+from conformance.tolerance import Precision
 from core.contract.spec import BackendSpec
 from core.engine.config import EngineConfig
 from core.engine.engine import Engine
 from core.sampling.params import SamplingParams
 
 MARGIN = 2e-3
-"""Logits of two tokens that are nearer than this may change places in float32."""
+"""Logits of two tokens that are nearer than this may change places in float32; in a narrower dtype, those
+nearer than twice the largest error of the same model emulated in it.
+"""
 LENGTH, OUTPUT = 37, 12
 MAX_POSITIONS = 512
 """Of the tiny models."""
@@ -110,11 +114,19 @@ def prompt(context: Context, number: int, length: int = LENGTH) -> tuple[int, ..
 
 
 @cache
-def oracle_logits(family: str, ids: tuple[int, ...]) -> Array:
-    """Of dummy weights of seed 0, which an engine loads: [T, V]."""
+def oracle_logits(family: str, ids: tuple[int, ...], dtype: str) -> Array:
+    """Of dummy weights of seed 0, which an engine loads and holds in a dtype: [T, V]."""
     padded = (*ids, *(0,) * max(0, SHORT - len(ids)))
-    found = model_logits(oracle(), family, np.array(padded), "float64", 0, exact=True)
+    found = model_logits(oracle(), family, np.array(padded), "float64", 0, exact=True, held=dtype)
     return found[: len(ids)]
+
+
+def margin(family: str, precision: Precision) -> float:
+    """Below it the choice between two tokens' logits is not decided."""
+    if is_wide(precision.out):
+        return MARGIN
+    ids = tuple(np.random.default_rng(0).integers(0, VOCAB, 2 * LENGTH).tolist())
+    return 2 * float(emulated_errors(family, ids, 0, precision).max())
 
 
 def same(context: Context, family: str, ask: Ask, one: list[int], other: list[int], what: str) -> None:
@@ -124,10 +136,10 @@ def same(context: Context, family: str, ask: Ask, one: list[int], other: list[in
     at = next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
     if at is None:
         return
-    logits = oracle_logits(family, (*ask.prompt, *one))[len(ask.prompt) + at - 1]
+    logits = oracle_logits(family, (*ask.prompt, *one), context.dtype)[len(ask.prompt) + at - 1]
     gap = abs(float(logits[one[at]] - logits[other[at]]))
     context.record("undecided", 1)
-    if gap > MARGIN or context.spec.determinism == "batch_invariant":
+    if gap > margin(family, context.precision) or context.spec.determinism == "batch_invariant":
         raise Failed(
             f"{what}: token {at} of {ask.name} is {other[at]}, but {one[at]} is wanted (their logits are "
             f"{gap:.3g} apart)"
@@ -136,11 +148,11 @@ def same(context: Context, family: str, ask: Ask, one: list[int], other: list[in
 
 def right(context: Context, family: str, ask: Ask, tokens: list[int], what: str) -> None:
     """Hold an output to the oracle's greedy choice at every decided position."""
-    logits = oracle_logits(family, (*ask.prompt, *tokens))
+    logits = oracle_logits(family, (*ask.prompt, *tokens), context.dtype)
     for i, token in enumerate(tokens):
         row = logits[len(ask.prompt) + i - 1]
         lost = float(row.max() - row[token])
-        if lost > MARGIN:
+        if lost > margin(family, context.precision):
             raise Failed(
                 f"{what}: token {i} of {ask.name} is {token}, which is {lost:.3g} below "
                 f"{int(row.argmax())} in the oracle's logits"

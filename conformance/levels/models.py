@@ -9,43 +9,86 @@ import numpy as np
 
 from conformance.bench import Array
 from conformance.check import Check, Context, Failed
+from conformance.emulation import EmulatedOps
 from conformance.families import FAMILIES, VOCAB
 from conformance.levels.kernels import oracle
 from conformance.models import model_logits
+from conformance.tolerance import UNIT_ROUNDOFF, Precision
 from core.contract.spec import BackendSpec
 
 LENGTH = 75
-ROOM = 3.0
-"""How many times the error of the same-precision emulation a backend's error may be."""
-FLOOR = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
-"""Part of the largest logit that is allowed besides: what another order of summation may move."""
+ROOM, ROOM_MEDIAN = 3.0, 2.0
+"""How many times the error of the same-precision emulation a backend's may be: at its worst position, and at
+its median one.
+"""
+FLOOR = 2e-6
+"""Part of the largest logit that is allowed besides in float32, where another order of sums may move more."""
 
 
 @cache
-def reference(family: str, seed: int, dtype: str) -> Array:
-    """Logits of the oracle in a precision: [T + SHORT, V]."""
-    ids = np.random.default_rng(seed).integers(0, VOCAB, LENGTH)
-    return model_logits(oracle(), family, ids, dtype, seed, exact=dtype == "float64")
+def reference(family: str, ids: tuple[int, ...], seed: int, dtype: str) -> Array:
+    """Exact logits of the oracle, of weights that a dtype holds: [T + SHORT, V]."""
+    return model_logits(oracle(), family, np.array(ids), "float64", seed, exact=True, held=dtype)
+
+
+@cache
+def emulated_errors(family: str, ids: tuple[int, ...], seed: int, precision: Precision) -> Array:
+    """The largest error of these logits in a precision at each position: [T + SHORT]."""
+    found = model_logits(
+        oracle(),
+        family,
+        np.array(ids),
+        "float64",
+        seed,
+        exact=True,
+        held=precision.out,
+        table=lambda ops: EmulatedOps(ops, precision),
+    )
+    return np.asarray(np.abs(found - reference(family, ids, seed, precision.out)).max(-1))
+
+
+def is_wide(dtype: str) -> bool:
+    """Whether a compute dtype is float32 or wider."""
+    return UNIT_ROUNDOFF[dtype] <= UNIT_ROUNDOFF["float32"]
 
 
 def logits(context: Context, family: str) -> None:
-    """At every position within the emulation's error, and the same greedy token where it is decided."""
+    """Within the emulation's error at the median position and at the worst, and the same greedy token where
+    it is decided.
+
+    The choice of experts is a step: where two router logits are nearer than their error, either is right,
+    and all that follows differs. In float32 that does not happen in so few tokens; below, it does, so there
+    only the median position of a family with experts is held.
+    """
     seed = context.seed % 2**31
     ids = np.random.default_rng(seed).integers(0, VOCAB, LENGTH)
-    wanted = reference(family, seed, "float64")
-    emulated = np.abs(reference(family, seed, context.dtype) - wanted).max()
-    bound = ROOM * emulated + FLOOR[context.dtype] * np.abs(wanted).max()
+    key, floor = tuple(ids.tolist()), FLOOR if is_wide(context.dtype) else 0.0
+    wanted = reference(family, key, seed, context.dtype)
+    emulated = emulated_errors(family, key, seed, context.precision)
+    floor *= float(np.abs(wanted).max())
     found = model_logits(context.subject, family, ids, context.dtype, seed)
-    context.record("emulation_error", float(emulated))
+    context.record("emulation_error", float(emulated.max()))
+    median = float(np.median(np.abs(found - wanted).max(-1)))
+    ratio = median / (ROOM_MEDIAN * float(np.median(emulated)) + floor)
+    context.record("ratio_B_median", ratio)
+    if not ratio <= 1:
+        raise Failed(
+            f"logits of {family} are off by {median:.3g} at the median position, {ratio:.3g} times what rule "
+            f"B allows beside the same model emulated in {context.dtype}"
+        )
+    if not is_wide(context.dtype) and "routed_experts" in FAMILIES[family][3]:
+        return
+    bound = ROOM * float(emulated.max()) + floor
     context.within(found, wanted, np.full(wanted.shape, bound), f"logits of {family}", "B")
     top = np.sort(wanted, -1)[:, -2:]
     decided = top[:, 1] - top[:, 0] > 2 * bound
     context.record("decided", float(decided.mean()))
-    if decided.mean() < 0.9:
-        raise Failed(f"only {decided.mean():.0%} of greedy tokens are decided; this is a fault of the suite")
     wrong = np.flatnonzero(decided & (found.argmax(-1) != wanted.argmax(-1)))
     if len(wrong):
         raise Failed(f"the greedy token after position {wrong[0]} of {family} is another one")
+    # Random models have small margins: in a narrow dtype the share is told, and not asked for.
+    if is_wide(context.dtype) and decided.mean() < 0.9:
+        raise Failed(f"only {decided.mean():.0%} of greedy tokens are decided; this is a fault of the suite")
 
 
 def checks(spec: BackendSpec) -> Iterator[Check]:

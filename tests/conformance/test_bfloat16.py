@@ -68,6 +68,8 @@ def test_what_is_declared_of_weights_is_what_their_rounding_is_charged_by() -> N
     assert precision_of(spec, "float32").u_p == UNIT_ROUNDOFF["float32"]
     conservative = replace(spec, attention=replace(spec.attention, probability="accumulator"))
     assert precision_of(conservative, "bfloat16").u_p == UNIT_ROUNDOFF["float32"]
+    narrow = replace(spec, accumulator="bfloat16")
+    assert precision_of(narrow, "bfloat16").u_acc == UNIT_ROUNDOFF["float32"]
 
 
 @pytest.mark.parametrize("group", [1, 16, 32, 64, 128])
@@ -128,3 +130,25 @@ def test_the_torch_backend_is_as_good_as_its_emulation(
 ) -> None:
     result = run_check(named(f"L2/{name}-{rule}"), subject, SEED)
     assert result.status == Status.PASS, result.message
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "qwen3_5"])
+def test_a_tiny_model_is_as_good_as_its_emulation_and_one_with_coarse_scores_is_not(
+    family: str, named: Callable[[str], Check], subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = named(f"L4/models/{family}")
+    result = run_check(check, subject, SEED)
+    assert result.status == Status.PASS, result.message
+    clean = float(result.metrics["ratio_B_median"])
+
+    def coarse(self: Any, x: torch.Tensor, n: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """Rounded to five bits after the norm."""
+        y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        y = y if n is None else y * n
+        mantissa, exponent = torch.frexp(y)
+        return torch.ldexp((mantissa * 32).round() / 32, exponent).to(x.dtype)
+
+    monkeypatch.setattr(cpu_ops.CpuOps, "norm", coarse)
+    result = run_check(check, subject, SEED)
+    assert result.status == Status.FAIL, (clean, result.metrics)
+    assert clean < 0.75 and float(result.metrics["ratio_B_median"]) > 1

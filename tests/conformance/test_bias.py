@@ -175,3 +175,13 @@ def test_bulk_cases_have_as_many_results_as_rule_c_asks_for() -> None:
             assert tool().Judge(case.name, 0).exact.size >= bulk.LEAST, case.name
         ops.add(case.op)
     assert {"linear", "norm", "glu", "attend", "attend_latent", "experts", "route", "state_scan"} <= ops
+
+
+def test_the_page_shows_what_each_fault_gives() -> None:
+    page = tool().PAGE.read_text(encoding="utf-8")
+    table = page.split(tool().BEGIN)[1].split(tool().END)[0]
+    assert [
+        tuple(cell.strip() for cell in line.split("|")[1:3])
+        for line in table.splitlines()
+        if line.startswith("| ") and not line.startswith("| case")
+    ] == list(tool().FAULTS)

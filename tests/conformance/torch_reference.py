@@ -151,7 +151,9 @@ class TorchOps(Ops):
         spec: LatentSpec,
         want_lse: bool = False,
     ) -> tuple[Tensor, Tensor | None, Any]:
-        assert latent is not None and k_rope is not None
+        if latent is not None:
+            cache[:] = [latent, k_rope]
+        latent, k_rope = cache
         heads = (spec.num_heads, -1)
         keys = torch.cat(
             [F.linear(latent, w_k).unflatten(-1, heads), k_rope[:, None].expand(-1, spec.num_heads, -1)], -1
@@ -164,7 +166,9 @@ class TorchOps(Ops):
             v_head_size=spec.v_head_size,
         )
         values = F.linear(latent, w_v).unflatten(-1, heads)
-        return self.attend(torch.cat([q_nope, q_rope], -1), keys, values, cache, step, plain, None, want_lse)
+        q = torch.cat([q_nope, q_rope], -1)
+        out, lse, _ = self.attend(q, keys, values, [], step, plain, None, want_lse)
+        return out, lse, cache
 
     def short_conv(
         self, x: Tensor, w: Tensor, bias: Tensor | None, cache: Any, step: Step, spec: ConvSpec

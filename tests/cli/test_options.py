@@ -179,15 +179,15 @@ def test_a_chat_that_cannot_be_is_refused_before_weights_are_read(
 
 def test_an_interrupt_ends_the_answer_and_not_the_conversation(served: Callable[[str | None], Path]) -> None:
     path = served("{% for m in messages %}{{ m.content }}{% endfor %}")
-    code = "from core.cli import main; main()"
+    # A test run in the background ignores interrupts, and so would this process.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from core.cli import main; main()"
     arguments = ["chat", str(path), "--backend", "cpu_reference", "--max-tokens", "400", "--temperature", "0"]
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", code, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # A test run in the background ignores interrupts, and so would this process.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdin is not None and process.stdout is not None
     for _ in range(2):

@@ -5,26 +5,26 @@ from __future__ import annotations
 import ast
 import json
 from collections import Counter
-from dataclasses import asdict, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
-from conformance.cli import app
 from conformance.zoo import mutation
 from conformance.zoo.mutants import Equivalent, Mutant, equivalents, mutants, of_text, texts
 from conformance.zoo.mutation import (
     Battery,
     Fate,
-    battery,
     counts,
     judged,
     run_mutants,
     score,
     stale,
-    try_mutant,
 )
 from core.contract.errors import ConfigError
+from tests.conformance import mutant_runs
 
 TEXT = '''
 LIMIT = 7
@@ -98,51 +98,26 @@ def test_a_module_that_is_not_mutated_is_refused() -> None:
         mutants(["no_such_module"])
 
 
-@pytest.fixture(scope="module")
-def states() -> Battery:
-    found = battery("state", 0)
-    return Battery([c for c in found.checks if "state_scan-raw" in c.id], found.seconds)
+def alone(name: str, *arguments: object) -> None:
+    """A function of `mutant_runs` in a new process: mutants are forked, and other tests leave threads."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        pool.submit(getattr(mutant_runs, name), *arguments).result()
 
 
-def mutant_of(after: str, text: str | None = None) -> Mutant:
-    found = next(m for m in mutants(["state"]) if m.after == after)
-    return found if text is None else replace(found, text=text)
+def test_a_mutant_is_killed_by_a_check_that_is_then_asked_first() -> None:
+    alone("kill_one")
 
 
-def test_a_mutant_is_killed_by_a_check_that_is_then_asked_first(states: Battery) -> None:
-    fate = try_mutant(mutant_of(_decay()), states, 0)
-    assert fate.status == "killed" and fate.by.startswith("L2/state_scan/") and fate.message
-    assert states.order()[0].id == fate.by
+def test_a_mutant_that_hangs_ends_or_does_not_load_is_killed() -> None:
+    alone("kill_those_that_do_not_answer")
 
 
-def _decay() -> str:
-    return next(m.after for m in mutants(["state"]) if m.before.startswith("decay =") and "(rate)" in m.after)
+def test_what_no_check_minds_survives_or_is_excused() -> None:
+    alone("let_one_survive")
 
 
-def test_a_mutant_that_hangs_ends_or_does_not_load_is_killed(
-    states: Battery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mutation, "_HANG_S", 0.5)
-    text = texts()["state"]
-    inside = '    """As `Ops.state_scan`, in float64.'
-    one = mutant_of(_decay())
-    for what, message in (("while True: pass", "no end in"), ("import os; os._exit(3)", "the process ended")):
-        changed = text.replace(inside, f"    {what}\n{inside}")
-        assert changed != text
-        fate = try_mutant(replace(one, text=changed), states, 0)
-        assert fate.status == "killed" and message in fate.message
-    assert try_mutant(replace(one, text="1 / 0"), states, 0).by == "loading"
-
-
-def test_what_no_check_minds_survives_or_is_excused(states: Battery) -> None:
-    fate = try_mutant(mutant_of(_decay(), texts()["state"]), states, 0)
-    assert fate.status == "survived" and fate.by == ""
-    excused = equivalents()[0]
-    same = replace(fate, module=excused.module, function=excused.function)
-    same = replace(same, before=excused.before, after=excused.after)
-    assert [f.status for f in judged([fate, same])] == ["survived", "equivalent"]
-    assert counts(judged([fate, same])) == {"killed": 0, "survived": 1, "equivalent": 1}
-    assert score(judged([replace(fate, status="killed"), same])) == 1.0
+def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
+    alone("write_and_resume", tmp_path)
 
 
 def test_excuses_are_those_of_mutants_that_there_are() -> None:
@@ -186,19 +161,3 @@ def test_the_committed_report_reaches_the_aim_and_is_of_these_mutants() -> None:
     assert {fate.key for fate in fates} == {mutant.key for mutant in mutants()}
     assert score(fates) >= mutation.AIM and table["counts"] == counts(fates)
     assert judged(fates) == fates and stale(fates, ["attention", "state", "sampler"]) == []
-
-
-def test_the_command_writes_what_it_found(tmp_path: Path) -> None:
-    from typer.testing import CliRunner
-
-    out = tmp_path / "mutants.json"
-    command = ["mutants", "--module", "state", "--limit", "2", "--out", str(out)]
-    found = CliRunner().invoke(app, command)
-    assert found.exit_code in (0, 1), found.output
-    assert "2 mutants" in found.output
-    first = json.loads(out.read_text(encoding="utf-8"))["results"]
-    again = CliRunner().invoke(app, [*command, "--resume"])
-    assert "4 mutants" in again.output
-    kept = {Fate(**entry).key for entry in json.loads(out.read_text(encoding="utf-8"))["results"]}
-    assert {Fate(**entry).key for entry in first} < kept
-    assert asdict(Fate(**first[0])) == first[0]

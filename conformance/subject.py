@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,7 +20,7 @@ from core.contract.requests import (
 )
 from core.contract.spec import BackendSpec
 from core.contract.types import DeviceInfo, Unavailable
-from core.plugins import BackendHandle, Plugins
+from core.plugins import BackendHandle, Plugins, object_at
 
 if TYPE_CHECKING:
     from conformance.constraints.watch import Watch
@@ -170,18 +169,15 @@ class Subject:
 
 
 def _import(place: str) -> object:
-    module, _, attribute = place.partition(":")
+    module = place.partition(":")[0]
     try:
-        found: Any = importlib.import_module(module)
-        for part in filter(None, attribute.split(".")):
-            found = getattr(found, part)
+        return object_at(place)
     except (Exception, SystemExit) as error:
         is_missing = isinstance(error, ModuleNotFoundError) and module.startswith(error.name or "?")
         raise (BackendMissing if is_missing else BackendRefused)(
             f"{place!r} cannot be imported ({type(error).__name__}: {error}); give MODULE:OBJECT, or MODULE: "
             "where the module itself has the hooks"
         ) from error
-    return found
 
 
 def _own_name(plugin: Any) -> str:

@@ -152,11 +152,7 @@ class Plugins:
 
     def register_place(self, place: str, name: str) -> BackendHandle:
         """Import "module:object" and add it as a backend. Raises as the import and `register_backend` do."""
-        module, _, attribute = place.partition(":")
-        found: object = import_module(module)
-        for part in filter(None, attribute.split(".")):
-            found = getattr(found, part)
-        return self.register_backend(found, name, place)
+        return self.register_backend(object_at(place), name, place)
 
     def register_addon(self, plugin: object, name: str) -> None:
         """Add an add-on that is not installed. Raises as `register_backend`."""
@@ -506,6 +502,15 @@ class Plugins:
                 taken = (time.perf_counter() - start) * 1e3
                 log.debug("%s of %s %s after %.3f ms", hook, name, outcome, taken)
         return results[0] if results else None
+
+
+def object_at(place: str) -> object:
+    """What "module:object" names; "module:" is the module itself. Raises as the import does."""
+    module, _, attribute = place.partition(":")
+    found: object = import_module(module)
+    for part in filter(None, attribute.split(".")):
+        found = getattr(found, part)
+    return found
 
 
 @dataclass(frozen=True)

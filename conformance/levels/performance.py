@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from conformance import dense
-from conformance.bench import Array, Bench, Input
+from conformance.bench import Array, Bench
 from conformance.check import Check, Context, Failed
 from conformance.dense import Bounded
 from conformance.levels.engine import Ask, engine_of, play, prompt, right
@@ -132,7 +132,7 @@ class Attention(Trial):
         self.k = exactly(rng.normal(size=(tokens, self.kv_heads, H)))
         self.v = exactly(rng.normal(size=(tokens, self.kv_heads, H)))
         source, self._slices = table(self.q, self.k, self.v)
-        self.bench = Bench(context.subject, context.dtype, self.world, {"x": Input(*_of(source))}, self._fn)
+        self.bench = Bench(context.subject, context.dtype, self.world, {"x": source}, self._fn)
         self.found: list[dict[tuple[int, int], Array]] = []
 
     def _fn(self, ops: Any, w: Any, caches: Any, step: Any) -> Any:
@@ -155,10 +155,6 @@ class Attention(Trial):
             out = weights @ values
             bound = attention_error(Scores(scores, sizes, weights, H), values, out, p)
             context.within(row, out, bound, "timed attention")
-
-
-def _of(source: Input) -> tuple[Array, tuple[str, ...]]:
-    return source.array, source.uses
 
 
 class Decode(Attention):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from core.contract.errors import ConfigError
-from core.engine.config import MAX_WAITING, EngineConfig
+from core.engine.config import EngineConfig
 from core.engine.resolve import Choice, Resolution
 
 _PAIRS = "backend_options"
@@ -95,8 +95,6 @@ def print_choices(resolution: Resolution, server: Sequence[Choice] = ()) -> None
 
     table = Table("option", "value", "why", box=None)
     for choice in (*resolution.choices, *server):
-        if server and (choice.option, choice.value) == ("max_waiting", "-"):
-            choice = Choice("max_waiting", str(MAX_WAITING), "default of a server")
         table.add_row(choice.option, choice.value, choice.why)
     console = Console()
     console.print(table)

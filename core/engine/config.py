@@ -100,7 +100,7 @@ class EngineConfig:
     prefix_cache: bool = option(True, "requests with equal beginnings share KV blocks")
     policy: Literal["fcfs", "priority"] = option("fcfs", "order of waiting requests: fcfs or priority")
     max_waiting: int | None = option(
-        None, "requests beyond this many waiting are refused", "no limit; in a server 1024"
+        None, "requests beyond this many waiting are refused", f"no limit; in a server {MAX_WAITING}"
     )
     overlap: int | None = option(None, "steps in flight", "what the backend declares")
     tensor_parallel: int = option(1, "ranks that share each layer")

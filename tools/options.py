@@ -35,7 +35,7 @@ nearest one.
 _SERVER = """
 ## The server
 
-Options of `core serve` beside the engine's. With `--explain` it prints what the engine's come to, and ends.
+Options of `core serve` beside the engine's. With `--explain` it prints what all of them come to, and why.
 
 """
 

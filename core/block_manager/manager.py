@@ -105,13 +105,6 @@ class BlockManager:
         """Blocks that can be allocated now: free ones and cached ones without a holder."""
         return self._pools[group].num_available
 
-    def fits(self, num_tokens: int) -> bool:
-        """Whether a request of that many tokens fits an otherwise empty manager."""
-        return all(
-            group.kind == "state" or group.blocks_for(num_tokens) <= group.num_blocks - 1
-            for group in self.groups
-        )
-
     def fits_now(self, num_tokens: int, hit: PrefixHit | None = None) -> bool:
         """Whether the blocks of that many tokens are available now, beyond those of `hit`."""
         for g, group in enumerate(self.groups):

@@ -18,7 +18,7 @@ from core.contract.errors import CoreError
 from core.engine.config import EngineConfig
 from core.engine.queueing import Queueing
 from core.sampling.params import SamplingParams
-from core.server.config import ServerConfig
+from core.server.config import ServerConfig, explained
 
 app = typer.Typer(
     name="core",
@@ -103,7 +103,7 @@ def explain_command(
     if as_json:
         typer.echo(json.dumps([asdict(c) for c in resolution.choices], indent=2))
     else:
-        print_choices(resolution)
+        print_choices(resolution, resolution.choices)
 
 
 @app.command("fetch-sample")
@@ -182,18 +182,24 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, as the OpenAI API has it, until SIGINT or SIGTERM."""
     from core.engine.engine import explain as resolve_only
-    from core.env import api_key
+    from core.env import API_KEY, api_key
 
-    config = ServerConfig(**{**server, "api_key": server["api_key"] or api_key()})
-    name = config.served_model_name or Path(model).name
+    name, is_given = Path(model).name, server["api_key"] is not None
+    config = ServerConfig(**{**server, "api_key": server["api_key"] if is_given else api_key()})
     if explain:
-        print_choices(resolve_only(engine_config(model, options)), config.choices(name))
+        engine = engine_config(model, options)
+        resolution = resolve_only(engine)
+        source = "given" if is_given else API_KEY.name
+        choices = explained(resolution, engine, config, model_name=name, key_source=source)
+        print_choices(resolution, choices)
         return
     from core.server.run import bind
     from core.server.run import serve as run
 
+    if config.served_model_name is None:
+        config = replace(config, served_model_name=name)
     with bind(config) as listener:
-        run(engine_config(model, options), replace(config, served_model_name=name), listener, tell=typer.echo)
+        run(engine_config(model, options), config, listener, tell=typer.echo)
 
 
 @app.command()
@@ -206,7 +212,9 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 = greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Probability mass to draw from.")] = 0.95,
 ) -> None:
-    """Talk with a model in the terminal; an empty line or the end of input ends it."""
+    """Talk with a model in the terminal. Ctrl-C ends an answer that grows; at the prompt it ends the
+    conversation, as an empty line and the end of input do.
+    """
     from core.cli.chat import talk
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)

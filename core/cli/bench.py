@@ -24,7 +24,6 @@ from core.cli.options import with_engine_options, with_options
 from core.contract.errors import ConfigError
 from core.engine.config import EngineConfig
 from core.engine.resolve import Resolution
-from core.scheduler import check_prompt_length
 
 bench = typer.Typer(name="bench", help="Measure an engine or a server.", no_args_is_help=True)
 
@@ -51,7 +50,9 @@ def throughput(
     """Tokens per second with everything queued at once."""
     from core.engine.llm import LLM
 
-    with LLM(model, **options, show_progress=sys.stderr.isatty(), on_resolved=_fits(input_len)) as llm:
+    with LLM(
+        model, **options, show_progress=sys.stderr.isatty(), on_resolved=_fits(input_len, output_len)
+    ) as llm:
         prompts = random_prompts(num_prompts, input_len, llm.engine.model.vocab_size, seed)
         params = _fixed(output_len)
         llm.generate(prompts[:1], _fixed(2))
@@ -86,14 +87,17 @@ def latency(
     seed: Seed = 0,
     output: Output = None,
 ) -> None:
-    """Time of one batch from first to last token, and of each token."""
+    """Time of one batch from first to last token, and of each token.
+
+    Every batch has the same prompts, so prefixes are not cached unless that is asked for.
+    """
     from core.engine.llm import LLM
 
     with LLM(
         model,
         **options,
         show_progress=sys.stderr.isatty(),
-        on_resolved=_fits(input_len),
+        on_resolved=_fits(input_len, output_len),
     ) as llm:
         prompts = random_prompts(batch_size, input_len, llm.engine.model.vocab_size, seed)
         llm.generate(prompts, _fixed(2))
@@ -257,9 +261,9 @@ def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> list[
     return [[generator.randrange(low, high) for _ in range(length)] for _ in range(count)]
 
 
-def _fits(input_len: int) -> Callable[[Resolution], None]:
-    """Told what was decided, it refuses prompts that are too long, before weights are read."""
-    return lambda resolution: check_prompt_length(input_len, resolution.max_model_len)
+def _fits(input_len: int, output_len: int) -> Callable[[Resolution], None]:
+    """Told what was decided, it refuses requests that are too long, before weights are read."""
+    return lambda resolution: resolution.limits.check(input_len, _fixed(output_len))
 
 
 def _fixed(length: int) -> Any:

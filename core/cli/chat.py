@@ -6,18 +6,21 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from core.cli.options import engine_config
 from core.engine.llm import LLM
 from core.engine.resolve import Resolution
 from core.sampling.params import SamplingParams
-from core.scheduler import check_prompt_length
 from core.tokenizer import chat_prompt, load_tokenizer
 
 
 def talk(model: str, options: Mapping[str, Any], system: str, params: SamplingParams) -> None:
     """Read lines, answer each as it grows, and remember the conversation.
+
+    An interrupt ends an answer that grows, which stays in the conversation as far as it came. At the prompt
+    it ends the conversation.
 
     Raises:
         ConfigError: the model has no chat template. RequestError: its template refuses the system message, or
@@ -27,15 +30,19 @@ def talk(model: str, options: Mapping[str, Any], system: str, params: SamplingPa
     is_terminal = sys.stdin.isatty()
     config = engine_config(model, options)
     tokenizer = load_tokenizer(config.model, or_bytes=config.load_format == "dummy")
-    shortest = len(chat_prompt(tokenizer, [*messages, {"role": "user", "content": "?"}]))
+    shortest = chat_prompt(tokenizer, [*messages, {"role": "user", "content": "?"}])
 
     def check(resolution: Resolution) -> None:
-        check_prompt_length(shortest, resolution.max_model_len)
+        resolution.check_ids(shortest, params)
+        resolution.limits.check(len(shortest), params)
 
     is_shown = sys.stderr.isatty()
     with LLM(model, **options, show_progress=is_shown, tokenizer=tokenizer, on_resolved=check) as llm:
         if is_terminal:
-            print(f"{llm.engine.backend.name}, {llm.engine.dtype}; an empty line ends the conversation")
+            print(
+                f"{llm.engine.backend.name}, {llm.engine.dtype}; Ctrl-C ends an answer, an empty line the "
+                "conversation"
+            )
         while line := _read(is_terminal):
             messages.append({"role": "user", "content": line})
             messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
@@ -46,8 +53,8 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) ->
     shown = ""
     interrupts = Interrupts()
     try:
-        with interrupts:
-            for output in llm.stream([llm.chat_prompt(messages)], params):
+        with interrupts, closing(llm.stream([llm.chat_prompt(messages)], params)) as outputs:
+            for output in outputs:
                 text = output.outputs[0].text
                 print(text[len(shown) :], end="", flush=True)
                 shown = text

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TextIO
 
 from core.cli.options import engine_config
@@ -20,7 +21,6 @@ from core.engine.queueing import Queueing, queueing_of
 from core.engine.resolve import Resolution
 from core.engine.stream import RequestStream
 from core.sampling.params import SamplingParams
-from core.scheduler import check_prompt_length
 from core.tokenizer import Tokenizer, chat_prompt, load_tokenizer
 
 
@@ -68,11 +68,13 @@ def complete(model: str, options: Mapping[str, Any], work: Work) -> None:
         )
     tokenizer = load_tokenizer(config.model, or_bytes=config.load_format == "dummy")
     ids = [_ids(tokenizer, prompt, work.is_chat) for prompt in work.prompts]
+    params = work.params.resolved(partial(tokenizer.encode, add_special_tokens=False))
 
     def check(resolution: Resolution) -> None:
         for number, prompt in enumerate(ids, start=1):
             try:
-                check_prompt_length(len(prompt), resolution.max_model_len)
+                resolution.check_ids(prompt, params)
+                resolution.limits.check(len(prompt), params)
             except RequestError as error:
                 where = f"prompt {number} of {len(ids)}: " if len(ids) > 1 else ""
                 raise RequestError(f"{where}{error}") from None
@@ -82,7 +84,7 @@ def complete(model: str, options: Mapping[str, Any], work: Work) -> None:
         print(f"backend: {llm.engine.backend.name} ({llm.engine.choice_reason})", file=sys.stderr)
         streams = llm.queue(
             ids,
-            work.params,
+            params,
             priority=work.priorities,
             queue_timeout_s=work.queue_timeout_s,
             timeout_s=work.timeout_s,

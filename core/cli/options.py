@@ -84,17 +84,13 @@ def as_arguments(options: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def print_choices(resolution: Resolution, server: Sequence[Choice] = ()) -> None:
-    """A table of options, values and reasons, then what the memory buys.
-
-    Args:
-        server: choices of a server that the engine is for.
-    """
+def print_choices(resolution: Resolution, choices: Sequence[Choice]) -> None:
+    """A table of options, values and reasons, then what the memory buys."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("option", "value", "why", box=None)
-    for choice in (*resolution.choices, *server):
+    for choice in choices:
         table.add_row(choice.option, choice.value, choice.why)
     console = Console()
     console.print(table)

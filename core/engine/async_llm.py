@@ -23,7 +23,7 @@ from functools import partial
 
 from core.contract.errors import CoreError, EngineDead, QueueFullError, RequestError
 from core.engine.child import Child
-from core.engine.config import MAX_WAITING, EngineConfig
+from core.engine.config import EngineConfig
 from core.engine.link import Link
 from core.engine.messages import (
     AbortRequest,
@@ -82,7 +82,7 @@ class AsyncLLM:
 
     def __init__(self, config: EngineConfig, progress: Callable[[str], None] | None) -> None:
         self._progress = progress
-        self._max_waiting = MAX_WAITING if config.max_waiting is None else config.max_waiting
+        self._max_waiting = config.served_max_waiting
         # The bound is kept on this side, where it also covers what is on its way.
         self._config = replace(config, max_waiting=None)
         self._loop = asyncio.get_running_loop()
@@ -222,7 +222,7 @@ class AsyncLLM:
         self._abort(self._names.get(request_id, ""))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take no more requests, and wait until those that run have ended; False where some have not."""
+        """Take no more requests, and wait until those there are have ended; False where some have not."""
         self._is_draining = True
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)

@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from core.contract.errors import ConfigError
 from core.values import is_number, is_whole
 
-MAX_WAITING = 1024
-"""Sequences that may wait in a server where the configuration does not say."""
+SERVED_MAX_WAITING = 1024
+"""Sequences that may wait where many clients share an engine and the configuration does not say."""
 
 
 def option(default: Any, meaning: str, otherwise: str = "") -> Any:
@@ -100,7 +100,9 @@ class EngineConfig:
     prefix_cache: bool = option(True, "requests with equal beginnings share KV blocks")
     policy: Literal["fcfs", "priority"] = option("fcfs", "order of waiting requests: fcfs or priority")
     max_waiting: int | None = option(
-        None, "requests beyond this many waiting are refused", f"no limit; in a server {MAX_WAITING}"
+        None,
+        "requests beyond this many waiting are refused",
+        f"{SERVED_MAX_WAITING} for `core serve` and AsyncLLM, no limit for LLM",
     )
     overlap: int | None = option(None, "steps in flight", "what the backend declares")
     tensor_parallel: int = option(1, "ranks that share each layer")
@@ -131,6 +133,11 @@ class EngineConfig:
                 f"max_requests is {self.max_requests}, but a step has {self.max_batch_tokens} tokens at "
                 "most and each running request takes one; raise max_batch_tokens or lower max_requests"
             )
+
+    @property
+    def served_max_waiting(self) -> int:
+        """`max_waiting` where many clients share an engine: there it always has a limit."""
+        return SERVED_MAX_WAITING if self.max_waiting is None else self.max_waiting
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> EngineConfig:

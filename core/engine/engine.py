@@ -256,13 +256,9 @@ class Engine:
             RequestError: it can never run, or the queue is full; nothing was queued. EngineDead.
         """
         self._check_alive()
-        vocab = self.model.vocab_size
-        wrong = next((i for i in prompt_ids if not 0 <= i < vocab), None)
-        if wrong is not None:
-            raise RequestError(f"prompt token id {wrong} is outside the vocabulary of {vocab} ids")
+        self.resolution.check_ids(prompt_ids, params)
         if not -(2**31) <= priority < 2**31:
             raise RequestError(f"priority is {priority}; it must be in [-2^31, 2^31)")
-        params.check_ids(vocab, self.model.eos_token_ids)
         if params.prompt_logprobs is not None:
             if self.backend.spec.shapes.kind == "static":
                 raise RequestError(

@@ -6,7 +6,7 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from operator import index
@@ -214,7 +214,7 @@ class LLM:
         queue_timeout_s: float | None = Queueing.queue_timeout_s,
         timeout_s: float | None = Queueing.timeout_s,
         salt: str = Queueing.salt,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Like `generate`, but gives every request's state whenever it has grown.
 
         The requests are queued when the first output is asked for; closing the iterator ends them.
@@ -250,7 +250,7 @@ class LLM:
         with self._lock:
             return self._queue(many, each, waits)
 
-    def run(self, streams: Sequence[RequestStream]) -> Iterator[RequestOutput]:
+    def run(self, streams: Sequence[RequestStream]) -> Generator[RequestOutput, None, None]:
         """Step the engine until these requests are finished; a request's output whenever it changed.
 
         What a step brings to other requests is kept for those who wait for them.

@@ -36,6 +36,8 @@ class CompletionOutput:
         stop_reason: the stop id or text that ended it, or what failed; None for the model's own end of
             sequence.
         logprobs: of each token, by id: the token's and those of the most likely ones; None = not asked for.
+        text_offsets: where in the text each token begins, in characters, or the character that its bytes are
+            part of; as the text was before a stop text was cut off. None without `logprobs` or text.
     """
 
     index: int
@@ -44,6 +46,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: tuple[dict[int, Logprob], ...] | None = None
+    text_offsets: tuple[int, ...] | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:

@@ -5,15 +5,17 @@ It runs before any weight is read: what the cache's budget buys is known, and to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
-from core.contract.errors import ConfigError, UnsupportedError
+from core.contract.errors import ConfigError, RequestError, UnsupportedError
 from core.contract.spec import BackendSpec
 from core.contract.types import CacheLayerSpec, MemoryInfo
 from core.engine.config import EngineConfig
-from core.engine.memory import BlockBytes, CacheBudget, choose_block_size, plan_cache
+from core.engine.memory import BlockBytes, CacheBudget, block_groups, choose_block_size, plan_cache
 from core.models.config import ModelConfig
+from core.sampling.params import SamplingParams
+from core.scheduler import Limits
 
 _KV_SHARE = 0.6
 """Share of the memory that weights leave free which a KV cache takes where no budget was given."""
@@ -65,6 +67,7 @@ class Resolution:
     Attributes:
         packed: quantized weights stay as they are.
         weight_bytes: estimate of a rank's weights on the device. choices: one per option, in their order.
+        vocab_size, eos_token_ids: the model's. prefill_multiple: the backend's.
     """
 
     dtype: str
@@ -77,6 +80,30 @@ class Resolution:
     weight_bytes: int
     cache: CacheBudget
     choices: tuple[Choice, ...]
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    prefill_multiple: int
+
+    @property
+    def limits(self) -> Limits:
+        """What a request may ask for, by its size."""
+        return Limits(
+            max_model_len=self.max_model_len,
+            max_rows=self.max_requests,
+            prefill_multiple=self.prefill_multiple,
+            groups=block_groups(self.cache.plan),
+        )
+
+    def check_ids(self, prompt_ids: Iterable[int], params: SamplingParams) -> None:
+        """Hold a prompt, and what parameters say of ids, against the vocabulary.
+
+        Raises:
+            RequestError: an id is outside it, or no id is left that may be drawn.
+        """
+        wrong = next((i for i in prompt_ids if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"prompt token id {wrong} is outside the vocabulary of {self.vocab_size} ids")
+        params.check_ids(self.vocab_size, self.eos_token_ids)
 
     def summary(self) -> str:
         """What the memory buys, in one sentence."""
@@ -154,6 +181,9 @@ def resolve(config: EngineConfig, facts: Facts) -> Resolution:
         weight_bytes=weights,
         cache=cache,
         choices=_choices(config, decided),
+        vocab_size=facts.model.vocab_size,
+        eos_token_ids=facts.model.eos_token_ids,
+        prefill_multiple=spec.batch.prefill_multiple,
     )
 
 

@@ -74,24 +74,29 @@ class _Choice:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.offsets: list[int] | None = None
         self._stop = params.stop
         self._keeps_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._searched = 0
-        self._settled = 0  # a stop text that was complete here came before `min_tokens` tokens
+        self._settled = 0  # a stop text that was complete here came within `min_tokens` tokens
         self._detokenizer = (
             IncrementalDetokenizer(tokenizer, request.prompt_ids, params.skip_special_tokens)
             if params.detokenize
             else None
         )
+        if self.logprobs is not None and self._detokenizer is not None:
+            self.offsets = []
 
     def add(self, token: int) -> str | None:
         """Take a token; the stop text that it completed, if any. The text then ends before it."""
         self.ids.append(token)
         if self._detokenizer is None:
             return None
+        if self.offsets is not None:
+            self.offsets.append(len(self.text) + self._detokenizer.num_held())
         self.text += self._detokenizer.add([token])
-        if len(self.ids) < self._min_tokens:
+        if len(self.ids) <= self._min_tokens:
             self._settled = len(self.text)
             return None
         return self._find_stop()
@@ -114,7 +119,7 @@ class _Choice:
         """The continuation ended; what the detokenizer held back comes out unless a stop text cut it."""
         if self._detokenizer is not None and self.stop_reason is None:
             self.text += self._detokenizer.finish()
-            if (cut := self._find_stop()) is not None:
+            if len(self.ids) > self._min_tokens and (cut := self._find_stop()) is not None:
                 self.stop_reason, reason = cut, "stop"
         self.finish_reason = reason
         if self.stop_reason is None:
@@ -211,6 +216,7 @@ class RequestStream:
                     c.finish_reason,
                     c.stop_reason,
                     None if c.logprobs is None else tuple(c.logprobs),
+                    None if c.offsets is None else tuple(c.offsets),
                 )
                 for i, c in enumerate(self._choices)
             ),

@@ -35,11 +35,11 @@ class SamplingParams:
         min_p: only tokens at least this times as likely as the most likely one.
         seed: 64-bit seed; None = one is drawn when the request is added.
         max_tokens: tokens to generate at most; None = up to the maximum model length.
-        stop: texts that end the output; they are not part of it. One that is complete before `min_tokens`
-            tokens does not end it.
+        stop: texts that end the output; they are not part of it. They need `detokenize`.
         stop_token_ids: ids that end the output, besides the model's own.
         ignore_eos: go on after the model's end-of-sequence id.
-        min_tokens: the ids that end the output are not drawn before this many tokens.
+        min_tokens: the ids that end the output are not drawn before this many tokens, and stop texts that are
+            complete by then do not end it.
         presence_penalty: subtracted from the logits of ids that the output has.
         frequency_penalty: the same, times how often it has them.
         repetition_penalty: logits of ids that prompt or output have are divided by this where positive, else
@@ -146,7 +146,6 @@ class SamplingParams:
             object.__setattr__(self, "logit_bias", bias)
 
     def _check_lists(self) -> None:
-        _check("stop", self.stop, all(self.stop), "made of texts that are not empty")
         if self.stop and not self.detokenize:
             raise RequestError(
                 "stop has texts, but detokenize is False, so there is no text to find them in; use "
@@ -158,7 +157,6 @@ class SamplingParams:
                 f"{MAX_STOPS} of {MAX_STOP_CHARACTERS} in all"
             )
         words, bans = self.bad_words, self.bad_words_ids
-        _check("bad_words", words, all(words), "made of texts that are not empty")
         if (count := sum(map(len, words))) > MAX_BAN_CHARACTERS:
             raise RequestError(f"bad_words has {count} characters; it may have {MAX_BAN_CHARACTERS}")
         _check("bad_words_ids", bans, all(bans), "made of sequences that are not empty")
@@ -283,5 +281,12 @@ def _texts(name: str, values: Any) -> tuple[str, ...]:
     """One text, several, or None for none."""
     texts = (values,) if isinstance(values, str) else _items(name, values)
     for text in texts:
-        _check(name, text, isinstance(text, str), "a text or a list of texts")
+        if not isinstance(text, str) or not text:
+            raise RequestError(f"{name} holds {text!r}; it must be made of texts that are not empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"{name} holds {text!r}, which is not valid Unicode ({error.reason})"
+            ) from None
     return texts

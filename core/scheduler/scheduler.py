@@ -25,6 +25,7 @@ from core.contract.batch import Int32
 from core.contract.errors import ConfigError, QueueFullError, RequestError
 from core.contract.spec import BatchRules
 from core.contract.types import SampledTokens
+from core.scheduler.limits import Limits
 from core.scheduler.plan import Checkpoint, PrefillRow, PromptRow, StepPlan
 from core.scheduler.records import Counters, Event, InFlight, SchedulerConfig, TokenLogprobs
 from core.scheduler.sequence import Request, Sequence, SlotTable, Status
@@ -59,6 +60,12 @@ class Scheduler:
         self._clock = clock
         self._max_tokens = min(config.max_batch_tokens, rules.max_tokens or config.max_batch_tokens)
         self._max_rows = min(config.max_requests, rules.max_requests or config.max_requests)
+        self._limits = Limits(
+            max_model_len=config.max_model_len,
+            max_rows=self._max_rows,
+            prefill_multiple=rules.prefill_multiple,
+            groups=tuple(blocks.groups),
+        )
         self._commit_size = min(g.block_size for g in blocks.groups)
         self._largest_block = max((g.block_size for g in blocks.groups if g.kind != "state"), default=1)
         self._state_groups = [i for i, g in enumerate(blocks.groups) if g.kind == "state"]
@@ -117,41 +124,16 @@ class Scheduler:
         return sequences
 
     def _check_request(self, request: Request) -> None:
-        length, limit = len(request.prompt_ids), self.config.max_model_len
         if request.request_id in self._requests:
             raise RequestError(f"request id {request.request_id!r} is in use; choose another")
-        check_prompt_length(length, limit)
-        if request.params.n > self._max_rows:
-            raise RequestError(
-                f"n is {request.params.n}, but at most {self._max_rows} sequences run at once; lower n"
-            )
+        self._limits.check(len(request.prompt_ids), request.params)
         if self.config.max_waiting is not None and len(self._waiting) >= self.config.max_waiting:
             raise QueueFullError(
                 f"{len(self._waiting)} requests are waiting, the most allowed; try again later"
             )
-        if not self._fits(self._limit(request)):
-            raise RequestError(
-                f"{self._limit(request)} tokens of prompt and output do not fit the KV cache; "
-                "lower max_tokens or raise the memory budget"
-            )
-
-    def _fits(self, num_tokens: int) -> bool:
-        """Whether one sequence of that many tokens gets on when it runs alone, chunk by chunk."""
-        chunk = self._rules.prefill_multiple
-        for group in self.blocks.groups:
-            if group.window is not None and chunk > 1:
-                # A window is trimmed at whole blocks, so up to a block less one token lags behind it.
-                span = group.window + chunk + group.block_size - 3
-                columns = min(-(-num_tokens // group.block_size), -(-span // group.block_size) + 1)
-                if columns > group.num_blocks - 1:
-                    return False
-        return self.blocks.fits(num_tokens)
 
     def _limit(self, request: Request) -> int:
-        limit = self.config.max_model_len
-        if request.params.max_tokens is not None:
-            limit = min(limit, len(request.prompt_ids) + request.params.max_tokens)
-        return limit
+        return self._limits.tokens(len(request.prompt_ids), request.params)
 
     def abort(self, request_id: str) -> bool:
         """End every sequence of a request; False where it is not known (any more)."""
@@ -625,19 +607,6 @@ class Scheduler:
             slot, end = int(slots[i]), int(after[i])
             self.blocks.commit(slot, self.table.tokens[slot, :end], end)
             self.blocks.trim_window(slot, end, self._newest_step)
-
-
-def check_prompt_length(length: int, max_model_len: int) -> None:
-    """Refuse a prompt of that many tokens where no token could follow it.
-
-    Raises:
-        RequestError: it is empty or too long.
-    """
-    if not 1 <= length < max_model_len:
-        raise RequestError(
-            f"the prompt has {length} tokens; it must have 1 to {max_model_len - 1} "
-            f"(the maximum model length is {max_model_len})"
-        )
 
 
 def _logprobs(sequence: Sequence, sampled: SampledTokens | None, row: int) -> TokenLogprobs | None:

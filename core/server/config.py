@@ -1,13 +1,13 @@
-"""ServerConfig: the options of the server beside the engine's, and what they come to."""
+"""ServerConfig: the options of the server beside the engine's, and what all of them come to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from math import inf
+from math import isfinite
 
 from core.contract.errors import ConfigError
-from core.engine.config import check_types, option
-from core.engine.resolve import Choice
+from core.engine.config import EngineConfig, check_types, option
+from core.engine.resolve import Choice, Resolution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +38,39 @@ class ServerConfig:
             raise ConfigError("api_key is empty; leave it out, or set a key")
         for name in ("request_timeout_s", "drain_timeout_s", "max_body_bytes", "max_prompts"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < inf:
-                raise ConfigError(f"{name} is {value}; it must be more than 0")
+            if value is not None and not (value > 0 and isfinite(value)):
+                raise ConfigError(f"{name} is {value}; it must be more than 0, and finite")
 
-    def choices(self, model_name: str) -> tuple[Choice, ...]:
-        """What each option comes to, and why. A key is not shown."""
-        found = []
-        for f in fields(self):
-            value, why = getattr(self, f.name), str(f.metadata["otherwise"])
-            if f.name == "served_model_name" and value is None:
-                found.append(Choice(f.name, model_name, why))
-            elif value is None:
-                found.append(Choice(f.name, "-", why))
-            else:
-                text = "(set)" if f.name == "api_key" else str(value)
-                found.append(Choice(f.name, text, "default" if value == f.default else "given"))
-        return tuple(found)
+
+def explained(
+    resolution: Resolution,
+    engine: EngineConfig,
+    server: ServerConfig,
+    *,
+    model_name: str,
+    key_source: str = "given",
+) -> tuple[Choice, ...]:
+    """Every option of a server that serves with this configuration, its value and why; the key is not shown.
+
+    Args:
+        resolution: of the engine's options. model_name: where none is set.
+        key_source: where the key comes from.
+    """
+    found = [
+        Choice(c.option, str(engine.served_max_waiting), "the server's default")
+        if c.option == "max_waiting" and engine.max_waiting is None
+        else c
+        for c in resolution.choices
+    ]
+    for f in fields(server):
+        value = getattr(server, f.name)
+        if f.name == "api_key":
+            is_set = value is not None
+            text, why = ("set", key_source) if is_set else ("not set", str(f.metadata["otherwise"]))
+        elif value is None:
+            text = model_name if f.name == "served_model_name" else "-"
+            why = str(f.metadata["otherwise"])
+        else:
+            text, why = str(value), "default" if value == f.default else "given"
+        found.append(Choice(f.name, text, why))
+    return tuple(found)

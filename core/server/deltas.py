@@ -13,13 +13,14 @@ class Delta:
     """What one continuation gained.
 
     Attributes:
-        logprobs: of the new tokens; None where they were not asked for.
+        logprobs: of the new tokens; None where they were not asked for. text_offsets: likewise.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[dict[int, Logprob], ...] | None
+    text_offsets: tuple[int, ...]
     finish_reason: str | None
     stop_reason: int | str | None
 
@@ -48,12 +49,13 @@ class Growth:
         if not text and not ids and not is_done:
             return None
         logprobs = None if output.logprobs is None else tuple(output.logprobs[self._tokens[i] :])
+        offsets = (output.text_offsets or ())[self._tokens[i] :]
         self._sent[i], self._tokens[i], self._done[i] = (
             max(self._sent[i], end),
             len(output.token_ids),
             is_done,
         )
-        return Delta(i, text, tuple(ids), logprobs, output.finish_reason, output.stop_reason)
+        return Delta(i, text, tuple(ids), logprobs, offsets, output.finish_reason, output.stop_reason)
 
     def _held(self, text: str) -> int:
         """Characters at the end that begin a stop text."""

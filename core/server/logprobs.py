@@ -12,29 +12,6 @@ Json = dict[str, Any]
 Found = Sequence[Mapping[int, Logprob] | None]
 
 
-class Offsets:
-    """Where each token begins in the text of an answer, in characters.
-
-    A token that is a part of a character only begins where that character does.
-
-    Args:
-        before: ids that the tokens follow. hides_special: special tokens have no place in the text.
-        start: characters of text before the first token.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int], hides_special: bool, start: int) -> None:
-        self._stream = IncrementalDetokenizer(tokenizer, before, hides_special)
-        self._at = start
-
-    def of(self, ids: Sequence[int]) -> list[int]:
-        """The offsets of the next tokens."""
-        found = []
-        for i in ids:
-            found.append(self._at)
-            self._at += len(self._stream.add([i]))
-        return found
-
-
 class LogprobWriter:
     """Writes tokens as text; bytes that are no text on their own as `bytes:\\xNN`, so that none are lost."""
 
@@ -57,17 +34,38 @@ class LogprobWriter:
             self._texts[token] = found
         return found
 
-    def completion(self, ids: Sequence[int], found: Found, offsets: Offsets) -> Json:
-        """Of /v1/completions: parallel lists."""
+    def completion(self, ids: Sequence[int], found: Found, offsets: Sequence[int], start: int = 0) -> Json:
+        """Of /v1/completions: parallel lists.
+
+        Args:
+            offsets: where each token begins in its own text, in characters.
+            start: characters before that text.
+        """
         tokens = [self.text(i) for i in ids]
         own = [None if f is None else f[i].logprob for i, f in zip(ids, found, strict=False)]
         top = [None if f is None else {self.text(i): p.logprob for i, p in f.items()} for f in found]
-        return {"tokens": tokens, "token_logprobs": own, "top_logprobs": top, "text_offset": offsets.of(ids)}
+        return {
+            "tokens": tokens,
+            "token_logprobs": own,
+            "top_logprobs": top,
+            "text_offset": [start + at for at in offsets],
+        }
 
-    def prompt(self, output: RequestOutput, is_text: bool) -> Json:
-        """The same of the prompt's tokens; the first has none. `is_text`: it was not given as token ids."""
-        offsets = Offsets(self._tokenizer, (), is_text, 0)
-        return self.completion(output.prompt_token_ids, output.prompt_logprobs or (), offsets)
+    def prompt(self, output: RequestOutput, text: str) -> Json:
+        """The same of the prompt's tokens; the first has none. `text` = the prompt's, as it is shown."""
+        ids = output.prompt_token_ids
+        return self.completion(ids, output.prompt_logprobs or (), self._prompt_offsets(ids, text))
+
+    def _prompt_offsets(self, ids: Sequence[int], text: str) -> list[int]:
+        """Where each token begins in the prompt. A special token that is not in the text takes no room."""
+        growing = IncrementalDetokenizer(self._tokenizer, (), skip_special_tokens=False)
+        offsets, at = [], 0
+        for i in ids:
+            begin = at + growing.num_held()
+            offsets.append(min(begin, len(text)))
+            if i not in self._tokenizer.special_ids or text.startswith(self.text(i), begin):
+                at += len(growing.add([i]))
+        return offsets
 
     def joined(self, first: Json, second: Json) -> Json:
         """Prompt and output in one."""

@@ -162,6 +162,23 @@ class ChatRequest(_Common):
     add_generation_prompt: bool = True
     continue_final_message: Literal[False] = False
 
+    def template_variables(self) -> dict[str, Any]:
+        """Names for the chat template beside messages and tools.
+
+        Raises:
+            RequestError: a name is given twice, with different values.
+        """
+        found = dict(self.chat_template_kwargs or {})
+        for name in ("add_generation_prompt", "reasoning_effort"):
+            if name not in self.model_fields_set:
+                continue
+            value = getattr(self, name)
+            if found.setdefault(name, value) != value:
+                raise RequestError(
+                    f"{name} is {value!r}, but {found[name]!r} in chat_template_kwargs; give it once"
+                )
+        return found
+
     def check(self) -> None:
         """Refuse what this server does not do."""
         if self.response_format is not None and self.response_format.type != "text":

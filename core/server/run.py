@@ -1,12 +1,14 @@
 """Starting and ending the server.
 
-The port is taken before anything is loaded, so a second server fails at once. After SIGTERM no connection is
-taken any more, running requests end within `drain_timeout_s`, then the engine is closed.
+The port is taken before anything is loaded, so a second server fails at once. After SIGTERM no connection and
+no request is taken any more, running requests end within `drain_timeout_s` or are cut off with an error, then
+the engine is closed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -21,6 +23,9 @@ from core.server.config import ServerConfig
 from core.server.service import Service
 
 Tell = Callable[[str], None]
+
+_LAST_WRITES_S = 5
+"""Time to send what the engine had generated when the last request ended."""
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -68,27 +73,14 @@ def _server_class() -> type[Any]:
     import uvicorn
 
     class Server(uvicorn.Server):
-        _drained: asyncio.Task[bool] | None = None
-
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
 
-        def leave(self, engine: AsyncLLM, timeout_s: float) -> None:
-            """First call: take no request and let running ones finish; second: cut them off."""
-            if self._drained is None:
-                self._drained = asyncio.ensure_future(engine.drain(timeout_s))
-            else:
-                self._drained.cancel()
-                self.force_exit = True
+        def leave(self) -> None:
+            """First call: take no connection and wait for those there are; second: wait no longer."""
+            self.force_exit = self.should_exit
             self.should_exit = True
-
-        def ending(self) -> str:
-            """What became of the requests that ran."""
-            drained = self._drained
-            if drained is not None and drained.done() and not drained.cancelled() and drained.result():
-                return "every request had its answer"
-            return "requests that still ran were cut off"
 
     return Server
 
@@ -106,14 +98,40 @@ async def _serve(
             log_level="warning",
             access_log=False,
             lifespan="off",
-            timeout_graceful_shutdown=max(1, round(config.drain_timeout_s)),
+            timeout_graceful_shutdown=math.ceil(config.drain_timeout_s) + _LAST_WRITES_S,
             timeout_keep_alive=30,
         )
         host, port = listener.getsockname()[:2]
         server = _server_class()(settings)
         loop = asyncio.get_running_loop()
+        drains: list[asyncio.Task[bool]] = []
+
+        def leave() -> None:
+            server.leave()
+            if not drains:
+                drains.append(loop.create_task(_drained(engine, server, config.drain_timeout_s)))
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, server.leave, engine, config.drain_timeout_s)
+            loop.add_signal_handler(number, leave)
         tell(f"serving {name} on http://{host}:{port}/v1")
         await server.serve(sockets=[listener])
-        tell(f"ended: {server.ending()}")
+        tell(f"ended: {_how(engine, drains)}")
+
+
+async def _drained(engine: AsyncLLM, server: Any, timeout_s: float) -> bool:
+    """Whether all requests ended in this time; the server waits for no other."""
+    is_done = await engine.drain(timeout_s)
+    if not is_done:
+        server.force_exit = True
+    return is_done
+
+
+def _how(engine: AsyncLLM, drains: list[asyncio.Task[bool]]) -> str:
+    """What became of the requests that ran when the server was told to end."""
+    if engine.failure is not None:
+        return str(engine.failure)
+    if all(drain.done() and drain.result() for drain in drains):
+        return "what ran was finished"
+    for drain in drains:
+        drain.cancel()
+    return "what still ran was cut off"

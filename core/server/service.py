@@ -18,7 +18,7 @@ from core.sampling.params import SamplingParams
 from core.server import errors
 from core.server.config import ServerConfig
 from core.server.deltas import Delta, Growth
-from core.server.logprobs import LogprobWriter, Offsets
+from core.server.logprobs import LogprobWriter
 from core.server.metrics import ServerMetrics
 from core.server.protocol import ChatRequest, CompletionRequest, _Common
 from core.tokenizer import apply_chat_template
@@ -66,24 +66,23 @@ class Service:
         """The same as server-sent events."""
         job = self._completion_job(request)
         growth = [Growth(job.params) for _ in job.prompts]
-        offsets: dict[tuple[int, int], Offsets] = {}
-        has_begun = [False] * len(job.prompts)
+        starts = [0] * len(job.prompts)
+        begun: set[int] = set()
         latest: dict[int, RequestOutput] = {}
         head = job.head("text_completion")
         async with aclosing(self._run(job)) as outputs:
             async for p, output in outputs:
-                latest[p] = output
-                if request.echo and not has_begun[p]:
+                if request.echo and p not in latest:
                     for i in range(request.n):
-                        yield _event({**head, "choices": [self._echo_choice(request, job, p, output, i)]})
-                has_begun[p] = True
+                        choice = self._echo_choice(request, job, p, output, i)
+                        starts[p] = len(choice["text"])
+                        begun.add(choice["index"])
+                        yield _event({**head, "choices": [choice]})
+                latest[p] = output
                 for delta in filter(None, map(growth[p].take, output.outputs)):
-                    place = (p, delta.index)
-                    is_first = place not in offsets
-                    if is_first:
-                        offsets[place] = self._offsets(request, job.prompts[p], output)
-                    choice = self._delta_choice(request, p, delta, offsets[place])
-                    if is_first:
+                    choice = self._delta_choice(request, p, delta, starts[p])
+                    if choice["index"] not in begun:
+                        begun.add(choice["index"])
                         choice |= self._of_prompt(request, output)
                     yield _event({**head, "choices": [choice], **_running_usage(request, latest)})
         for event in self._closing(request, head, latest):
@@ -110,46 +109,45 @@ class Service:
         echo = self._prompt_text(job.prompts[p], output) if request.echo else ""
         logprobs = None
         if request.logprobs is not None:
-            offsets = self._offsets(request, job.prompts[p], output)
-            logprobs = self._writer.completion(choice.token_ids, choice.logprobs or (), offsets)
+            logprobs = self._writer.completion(
+                choice.token_ids, choice.logprobs or (), choice.text_offsets or (), len(echo)
+            )
             if request.echo:
-                is_text = isinstance(job.prompts[p], str)
-                logprobs = self._writer.joined(self._writer.prompt(output, is_text), logprobs)
+                logprobs = self._writer.joined(self._writer.prompt(output, echo), logprobs)
         found: Json = {
             "index": p * request.n + choice.index,
             "text": echo + choice.text,
             "logprobs": logprobs,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
+            **self._of_prompt(request, output),
         }
         if request.return_token_ids:
             found["token_ids"] = choice.token_ids
-        return found | self._of_prompt(request, output)
+        return found
 
     def _echo_choice(
         self, request: CompletionRequest, job: _Job, p: int, output: RequestOutput, i: int
     ) -> Json:
-        wants = request.logprobs is not None
+        text = self._prompt_text(job.prompts[p], output)
         return {
             "index": p * request.n + i,
-            "text": self._prompt_text(job.prompts[p], output),
-            "logprobs": self._writer.prompt(output, isinstance(job.prompts[p], str)) if wants else None,
+            "text": text,
+            "logprobs": None if request.logprobs is None else self._writer.prompt(output, text),
             "finish_reason": None,
+            **self._of_prompt(request, output),
         }
 
-    def _offsets(self, request: CompletionRequest, prompt: Prompt, output: RequestOutput) -> Offsets:
-        """Of a continuation's tokens, in the text of its choice."""
-        start = len(self._prompt_text(prompt, output)) if request.echo else 0
-        return Offsets(self.engine.tokenizer, output.prompt_token_ids, request.skip_special_tokens, start)
-
-    def _delta_choice(self, request: CompletionRequest, p: int, delta: Delta, offsets: Offsets) -> Json:
-        wants = request.logprobs is not None
+    def _delta_choice(self, request: CompletionRequest, p: int, delta: Delta, start: int) -> Json:
+        logprobs = None
+        if request.logprobs is not None:
+            logprobs = self._writer.completion(
+                delta.token_ids, delta.logprobs or (), delta.text_offsets, start
+            )
         found: Json = {
             "index": p * request.n + delta.index,
             "text": delta.text,
-            "logprobs": self._writer.completion(delta.token_ids, delta.logprobs or (), offsets)
-            if wants
-            else None,
+            "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
@@ -189,9 +187,10 @@ class Service:
                 "stop_reason": choice.stop_reason,
             }
             if request.return_token_ids:
-                found["token_ids"], found["prompt_token_ids"] = choice.token_ids, output.prompt_token_ids
+                found["token_ids"] = choice.token_ids
             choices.append(found)
-        return {**job.head("chat.completion"), "choices": choices, "usage": _usage([output])}
+        head = {**job.head("chat.completion"), **self._of_prompt(request, output)}
+        return {**head, "choices": choices, "usage": _usage([output])}
 
     async def stream_chat(self, request: ChatRequest) -> AsyncGenerator[bytes]:
         """The same as server-sent events."""
@@ -199,14 +198,15 @@ class Service:
         head = job.head("chat.completion.chunk")
         growth = Growth(job.params)
         latest: dict[int, RequestOutput] = {}
-        told: set[int] = set()
         async with aclosing(self._run(job)) as outputs:
             async for _, output in outputs:
                 if not latest:
+                    of_prompt = self._of_prompt(request, output)
                     for i in range(request.n):
                         first = {"role": "assistant", "content": ""}
                         choice: Json = {"index": i, "delta": first, "logprobs": None, "finish_reason": None}
-                        yield _event({**head, "choices": [choice]})
+                        yield _event({**head, **of_prompt, "choices": [choice]})
+                        of_prompt = {}
                 latest[0] = output
                 for delta in filter(None, map(growth.take, output.outputs)):
                     choice = {
@@ -220,9 +220,6 @@ class Service:
                     }
                     if request.return_token_ids:
                         choice["token_ids"] = delta.token_ids
-                        if delta.index not in told:
-                            choice["prompt_token_ids"] = output.prompt_token_ids
-                        told.add(delta.index)
                     yield _event({**head, "choices": [choice], **_running_usage(request, latest)})
         for event in self._closing(request, head, latest):
             yield event
@@ -235,9 +232,7 @@ class Service:
             raise RequestError(
                 "the model has no chat template; use /v1/completions with a prompt of your own"
             )
-        variables: dict[str, Any] = dict(request.chat_template_kwargs or {})
-        if request.reasoning_effort is not None:
-            variables["reasoning_effort"] = request.reasoning_effort
+        variables = request.template_variables()
         template = tokenizer.chat_template
         if request.tools and tokenizer.tool_template is not None:
             template = tokenizer.tool_template
@@ -246,7 +241,7 @@ class Service:
             text = apply_chat_template(
                 template,
                 [_plain_content(m) for m in request.messages],
-                add_generation_prompt=request.add_generation_prompt,
+                add_generation_prompt=True,
                 bos_token=tokenizer.bos_token,
                 eos_token=tokenizer.eos_token,
                 tools=request.tools,
@@ -259,10 +254,6 @@ class Service:
         limit = request.max_completion_tokens
         if limit is None:
             limit = request.max_tokens
-        if request.prompt_logprobs is not None:
-            raise RequestError(
-                "prompt_logprobs is not answered for chats; use /v1/completions, or leave it out"
-            )
         top = (request.top_logprobs or 0) if request.logprobs else None
         return self._job("chatcmpl", [ids], request.sampling(max_tokens=limit, logprobs=top), request)
 
@@ -340,7 +331,14 @@ class _Job:
 def _without_tokens(output: RequestOutput) -> RequestOutput:
     """What is told of a prompt alone."""
     outputs = tuple(
-        replace(c, text="", token_ids=(), stop_reason=None, logprobs=None if c.logprobs is None else ())
+        replace(
+            c,
+            text="",
+            token_ids=(),
+            stop_reason=None,
+            logprobs=None if c.logprobs is None else (),
+            text_offsets=None,
+        )
         for c in output.outputs
     )
     ended = tuple(replace(c, finish_reason=c.finish_reason and "length") for c in outputs)

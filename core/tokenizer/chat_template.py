@@ -49,11 +49,13 @@ def apply_chat_template(
     Args:
         messages: in order, each with `role`, `content` and what else the template knows; JSON values.
         add_generation_prompt: end with the opening of the model's turn.
-        tools: JSON schemas of functions. variables: further names for the template (`enable_thinking`).
+        tools: JSON schemas of functions. variables: further names for the template (`enable_thinking`,
+            `documents`); `add_generation_prompt` among them goes before the argument.
 
     Raises:
         ConfigError: the template has a syntax error, or is longer than `MAX_TEMPLATE`.
-        RequestError: the template refuses these messages, they are not JSON values, or it does what the
+        RequestError: a variable has a name that is an argument's, the template refuses these messages, they
+        are not JSON values, or it does what the
         sandbox forbids or takes more time, memory or text than it may.
     """
     if len(template) > MAX_TEMPLATE:
@@ -61,18 +63,19 @@ def apply_chat_template(
             f"the chat template has {len(template)} characters, {MAX_TEMPLATE} at most are read; use "
             "another one"
         )
-    own = {
+    fixed = {
         "messages": list(messages),
         "tools": None if tools is None else list(tools),
-        "add_generation_prompt": add_generation_prompt,
         "bos_token": bos_token,
         "eos_token": eos_token,
     }
-    if taken := own.keys() & (variables or {}).keys():
+    if taken := fixed.keys() & (variables or {}).keys():
         raise RequestError(
-            f"{min(taken)!r} is no free variable of a chat template; give it by its own name, beside messages"
+            f"the chat template's variable {min(taken)!r} cannot be given; it comes from the request's own "
+            "fields or from the model"
         )
-    names = {"documents": None, **(variables or {}), **own}
+    free = {"documents": None, "add_generation_prompt": add_generation_prompt}
+    names = {**free, **(variables or {}), **fixed}
     try:
         request = json.dumps({"template": template, "names": _plain(names), "seconds": MAX_SECONDS})
     except (RecursionError, ValueError) as e:

@@ -44,6 +44,10 @@ class IncrementalDetokenizer:
         """Text that these tokens complete; "" while a character is unfinished."""
         return self._stream.add([t for t in token_ids if self._shows(t)])
 
+    def num_held(self) -> int:
+        """Characters that are whole and held back all the same: the next token begins after them."""
+        return self._stream.num_held()
+
     def finish(self) -> str:
         """What was held back: bytes that form no character come out as U+FFFD. Nothing may be added after."""
         return self._stream.finish()
@@ -73,6 +77,9 @@ class _Bytes:
     def add(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(b"".join(self._tokenizer.token_bytes(i) or b"" for i in ids))
 
+    def num_held(self) -> int:
+        return 0
+
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
 
@@ -100,6 +107,14 @@ class _Window:
         if text.endswith(REPLACEMENT) and len(self._ids) - self._given < MAX_HELD:
             return ""
         return self._give(text)
+
+    def num_held(self) -> int:
+        # The bytes of a character that has begun spoil the run of whole ones before them.
+        for end in range(len(self._ids), max(self._given, len(self._ids) - 4), -1):
+            text = self._decode(self._ids[:end])
+            if not text.endswith(REPLACEMENT):
+                return max(0, len(text) - len(self._text))
+        return 0
 
     def finish(self) -> str:
         return self._give(self._decode(self._ids))

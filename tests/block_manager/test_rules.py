@@ -262,7 +262,6 @@ def test_a_reset_forgets_cached_prefixes_and_those_of_running_requests() -> None
 
 def test_what_fits_is_told_before_anything_is_taken() -> None:
     blocks = manager(paged(4, 11), window(4, 5, 5), length=64)
-    assert blocks.fits(40) and not blocks.fits(41)
     compute(blocks, 0, ids(12))
     assert blocks.fits_now(28) and not blocks.fits_now(29)
     hit = blocks.lookup(ids(40))

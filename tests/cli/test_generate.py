@@ -184,6 +184,7 @@ def test_the_command_hands_on_all_that_may_be_said_of_a_request(
         (("--priority", "1", "--priority", "2", "--priority", "3"), "3 priorities were given for 2 prompts"),
         (("--priority", "1"), "policy 'fcfs' looks at none; add --policy priority"),
         (("--prompt", ""), "prompt 3 of 3: the prompt has 0 tokens"),
+        (("--num-blocks", "2"), "prompt 1 of 2: 17 tokens of prompt and output do not fit the KV cache"),
         (("--prompt", "word " * 80), "prompt 3 of 3: the prompt has [0-9]+ tokens; it must have 1 to 63"),
     ],
 )
@@ -195,3 +196,17 @@ def test_what_is_wrong_is_refused_before_weights_are_read(
     command = ["generate", str(served), "--prompt", "a", "--prompt", "b", *options, *given]
     with pytest.raises((RequestError, ConfigError), match=words):
         CliRunner().invoke(app, command, catch_exceptions=False)
+
+
+def test_an_id_outside_the_vocabulary_is_refused_before_weights_are_read(
+    served: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.executor.rank.load_model", lambda *a, **k: pytest.fail("a weight was read"))
+    monkeypatch.setattr(
+        "core.tokenizer.tokenizer.FastTokenizer.encode",
+        lambda self, text, add_special_tokens=True: [5, VOCAB],
+    )
+    with pytest.raises(
+        RequestError, match=f"prompt token id {VOCAB} is outside the vocabulary of {VOCAB} ids"
+    ):
+        complete(str(served), OPTIONS, Work(prompts=["a"], params=PARAMS))

@@ -230,5 +230,53 @@ def test_a_measurement_that_does_not_fit_is_refused_before_weights_are_read(
     command = ["bench", name, str(served(None)), "--backend", "cpu_reference", "--max-model-len", "64"]
     with pytest.raises(RequestError, match="the prompt has 64 tokens; it must have 1 to 63"):
         invoke(*command, "--input-len", "64")
-    done = CliRunner().invoke(app, [*command, "--output-len", "0"])
-    assert done.exit_code == 2 and "output-len" in done.output
+    with pytest.raises(RequestError, match="17 tokens of prompt and output do not fit the KV cache"):
+        invoke(*command, "--input-len", "10", "--output-len", "7", "--num-blocks", "2")
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        *((name, option) for name in ("throughput", "latency") for option in ("--output-len", "--input-len")),
+        ("throughput", "--num-prompts"),
+        ("latency", "--iterations"),
+        ("latency", "--batch-size"),
+        ("startup", "--iterations"),
+        ("serve", "--num-prompts"),
+        ("serve", "--max-concurrency"),
+        ("serve", "--vocab-size"),
+    ],
+)
+def test_a_measurement_of_nothing_is_refused_before_anything_is_done(
+    monkeypatch: pytest.MonkeyPatch, name: str, option: str
+) -> None:
+    for started in ("core.engine.llm.LLM", "core.cli.bench._one_start", "core.cli.bench._load"):
+        monkeypatch.setattr(started, lambda *a, **k: pytest.fail("it was started"))
+    command = ["bench", name, *(() if name == "serve" else ("m",)), option, "0"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2 and option.removeprefix("--") in done.output
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan"])
+def test_requests_that_never_arrive_are_refused(rate: str) -> None:
+    with pytest.raises(ConfigError, match="--request-rate is"):
+        invoke("bench", "serve", "--request-rate", rate)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [((), False), (("--prefix-cache",), True)])
+def test_a_latency_is_measured_with_the_prefix_cache_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], wanted: bool
+) -> None:
+    class Ended(Exception):
+        """Far enough."""
+
+    told: list[Any] = []
+
+    def load(model: str, **options: Any) -> None:
+        told.append(options["prefix_cache"])
+        raise Ended
+
+    monkeypatch.setattr("core.engine.llm.LLM", load)
+    with pytest.raises(Ended):
+        invoke("bench", "latency", "m", *given)
+    assert told == [wanted]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 
 from core.contract.errors import QueueFullError, RequestError
 from core.engine.async_llm import AsyncLLM
+from core.engine.config import SERVED_MAX_WAITING, EngineConfig
 from core.engine.llm import LLM
 from core.engine.outputs import RequestOutput
 from core.sampling.params import SamplingParams
-from tests.engine.serving import ENDLESS, config, endless, last, serving, until
+from tests.engine.serving import ENDLESS, LONG, config, endless, last, serving, until
 
 
 @pytest.mark.parametrize("backend", ["null", "cpu_reference"])
@@ -64,15 +66,15 @@ def test_a_stop_text_ends_a_stream_before_it_and_gives_its_blocks_back(folder: P
     async def body(llm: AsyncLLM) -> None:
         whole = await last(llm.generate([5, 6, 7], SamplingParams(temperature=0, max_tokens=20)))
         text = whole.outputs[0].text
-        params = SamplingParams(temperature=0, max_tokens=100, stop=(text[3:5],))
+        params = SamplingParams(temperature=0, max_tokens=LONG - 100, stop=(text[3:5],))
         cut = (await last(llm.generate([5, 6, 7], params))).outputs[0]
         assert (cut.text, cut.finish_reason, cut.stop_reason) == (text[:3], "stop", text[3:5])
         assert await llm.drain(5)
         assert llm.metrics().blocks_used == 0
         assert llm.metrics().finished["stop"] == 1
-        assert llm.metrics().generated_tokens < 20 + 100
+        assert llm.metrics().generated_tokens < 20 + LONG // 2
 
-    serving(config(folder), body)
+    serving(endless(folder), body)
 
 
 def test_a_second_request_with_the_same_beginning_is_cached_and_a_salt_parts_them(folder: Path) -> None:
@@ -206,6 +208,25 @@ def test_a_full_queue_refuses_and_takes_again_when_there_is_room(folder: Path) -
         assert (await short).outputs[0].finish_reason == "length"
 
     serving(endless(folder, max_requests=2, max_waiting=3), body)
+
+
+def test_the_limit_of_a_queue_that_is_not_given_is_the_one_that_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (told,) = (f.metadata["otherwise"] for f in fields(EngineConfig) if f.name == "max_waiting")
+    assert f"{SERVED_MAX_WAITING} for" in told
+    monkeypatch.setattr("core.engine.config.SERVED_MAX_WAITING", 2)
+
+    async def body(llm: AsyncLLM) -> None:
+        tasks = [asyncio.create_task(last(llm.generate([5], ENDLESS, request_id=str(i)))) for i in range(3)]
+        await until(lambda: llm.metrics().num_running == 1 and llm.metrics().num_waiting == 2)
+        with pytest.raises(QueueFullError, match="at most 1 may run and 2 wait"):
+            await last(llm.generate([5], ENDLESS))
+        for i, task in enumerate(tasks):
+            await llm.abort(str(i))
+            await task
+
+    serving(endless(folder, max_requests=1), body)
 
 
 def test_draining_finishes_what_runs_and_takes_no_more(folder: Path) -> None:

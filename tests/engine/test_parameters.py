@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,14 @@ def test_the_stop_text_stays_where_that_is_asked_for(llm: LLM) -> None:
     )[0].outputs[0]
     assert cut.stop_reason == kept.stop_reason == stop and cut.finish_reason == "stop"
     assert kept.text == cut.text + stop
+
+
+def test_a_stop_text_ends_nothing_before_min_tokens(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("abc", add_special_tokens=False)
+    forced = greedy(logit_bias=dict.fromkeys(ids, 1000.0), detokenize=True)
+    whole, _ = both(llm, forced)
+    stop = whole.text[0]
+    early, _ = both(llm, replace(forced, stop=(stop,)))
+    assert (early.text, len(early.token_ids), early.stop_reason) == ("", 1, stop)
+    late, _ = both(llm, replace(forced, stop=(stop,), min_tokens=5))
+    assert late.text == whole.text[: whole.text.find(stop, 5)] and len(late.token_ids) > 5

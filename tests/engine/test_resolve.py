@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from core_test_plugins.null import SPEC, NullBackend
 
-from core.contract.errors import ConfigError, UnsupportedError
+from core.contract.errors import ConfigError, RequestError, UnsupportedError
 from core.contract.hookspecs import hookimpl
 from core.contract.requests import ProbeRequest
 from core.contract.spec import BatchRules, CacheRules, ShapeRules
@@ -24,6 +24,7 @@ from core.engine.llm import LLM
 from core.engine.resolve import Facts, resolve
 from core.models.config import ModelConfig, RopeConfig
 from core.plugins import Plugins
+from core.sampling.params import SamplingParams
 
 MIB = 2**20
 ROOT = Path(__file__).resolve().parents[2]
@@ -358,3 +359,17 @@ def test_packed_is_refused_where_nothing_can_stay_packed() -> None:
         resolve(config(quantized="packed"), facts())
     with pytest.raises(ConfigError, match="one of auto, packed, dequantized"):
         config(quantized="small")
+
+
+def test_what_a_request_may_be_is_known_with_the_decisions() -> None:
+    found = resolve(config(max_model_len=64, num_blocks=3, max_requests=2), facts())
+    found.check_ids((0, 9), SamplingParams())
+    with pytest.raises(RequestError, match="token id 10 is outside the vocabulary of 10 ids"):
+        found.check_ids((5, 10), SamplingParams())
+    with pytest.raises(RequestError, match="a parameter names token id 11"):
+        found.check_ids((5,), SamplingParams(stop_token_ids=(11,)))
+    found.limits.check(16, SamplingParams(max_tokens=16, n=2))
+    with pytest.raises(RequestError, match="33 tokens of prompt and output do not fit"):
+        found.limits.check(17, SamplingParams(max_tokens=16))
+    with pytest.raises(RequestError, match="n is 3, but at most 2"):
+        found.limits.check(16, SamplingParams(n=3))

@@ -111,7 +111,8 @@ class FakeEngine:
             found = None
             if params.logprobs is not None:
                 found = tuple({t: Logprob(-0.5, 1, chr(t)), 33: Logprob(-1.5, 2, "!")} for t in new)
-            outputs.append(CompletionOutput(i, text, new, reason, stop, found))
+            offsets = None if found is None else tuple(range(len(new)))
+            outputs.append(CompletionOutput(i, text, new, reason, stop, found, offsets))
             finished = finished and reason is not None
         prompt_logprobs = None
         if params.prompt_logprobs is not None:

@@ -15,7 +15,7 @@ from core.engine.outputs import CompletionOutput, Logprob, RequestMetrics, Reque
 from core.sampling.params import SamplingParams
 from core.server.config import ServerConfig
 from core.server.deltas import Growth
-from core.server.logprobs import LogprobWriter, Offsets
+from core.server.logprobs import LogprobWriter
 from core.tokenizer import Tokenizer, load_tokenizer
 from tests.server.conftest import Connect
 from tests.server.fake import FakeEngine
@@ -35,15 +35,6 @@ def bytes_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Token
     yield tokenizer, [by_bytes[bytes([b])] for b in TEXT.encode()]
 
 
-def test_offsets_are_places_in_the_text_also_of_tokens_that_are_parts_of_a_character(
-    bytes_only: tuple[Tokenizer, list[int]],
-) -> None:
-    tokenizer, ids = bytes_only
-    assert Offsets(tokenizer, (), True, 5).of(ids) == [5, 5, 6, 6, 6, 7]
-    one_by_one = Offsets(tokenizer, (), True, 0)
-    assert [one_by_one.of([i])[0] for i in ids] == Offsets(tokenizer, (), True, 0).of(ids)
-
-
 def test_an_echo_has_the_offsets_of_its_own_text(bytes_only: tuple[Tokenizer, list[int]]) -> None:
     tokenizer, ids = bytes_only
     special = min(tokenizer.special_ids)
@@ -51,9 +42,9 @@ def test_an_echo_has_the_offsets_of_its_own_text(bytes_only: tuple[Tokenizer, li
     metrics = RequestMetrics(0.0, 0.0, 0)
     output = RequestOutput("r", TEXT, (special, *ids), (), True, 0, metrics, found)
     writer = LogprobWriter(tokenizer)
-    assert writer.prompt(output, is_text=True)["text_offset"] == [0, 0, 0, 1, 1, 1, 2]
-    shown = len(tokenizer.decode([special], skip_special_tokens=False))
-    assert writer.prompt(output, is_text=False)["text_offset"][:2] == [0, shown]
+    assert writer.prompt(output, TEXT)["text_offset"] == [0, 0, 0, 1, 1, 1, 2]
+    shown = tokenizer.decode([special], skip_special_tokens=False)
+    assert writer.prompt(output, shown + TEXT)["text_offset"][:2] == [0, len(shown)]
 
 
 def test_a_streamed_completion_tells_of_its_prompt_once(connect: Connect) -> None:
@@ -74,12 +65,6 @@ def test_a_streamed_chat_has_its_token_ids(connect: Connect) -> None:
     whole = post(connect(), "/v1/chat/completions", **body).json()["choices"][0]
     parts = [e["choices"][0] for e in events(post(connect(), "/v1/chat/completions", **body, stream=True))]
     assert [t for part in parts for t in part.get("token_ids", ())] == whole["token_ids"] == [97, 98, 99]
-    assert [p["prompt_token_ids"] for p in parts if "prompt_token_ids" in p] == [whole["prompt_token_ids"]]
-
-
-def test_a_name_of_the_servers_own_is_no_template_variable(connect: Connect) -> None:
-    refused = post(connect(), "/v1/chat/completions", **CHAT, chat_template_kwargs={"messages": []})
-    assert refused.status_code == 400 and "'messages' is no free variable" in refused.text
 
 
 @pytest.mark.parametrize(("keeps", "sent"), [(True, ["a", "b", "E", "N"]), (False, ["a", "b", None, None])])
@@ -133,11 +118,3 @@ def test_the_operators_limit_of_time_holds_for_everyone(
 def test_a_limit_that_is_none_is_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name} is .*(more than 0|whole number)"):
         ServerConfig(**{name: value})  # type: ignore[arg-type]
-
-
-def test_the_choices_of_a_server_are_told_but_not_its_key() -> None:
-    found = {c.option: (c.value, c.why) for c in ServerConfig(port=7, api_key="secret").choices("tiny")}
-    assert found["port"] == ("7", "given") and found["host"] == ("127.0.0.1", "default")
-    assert found["api_key"] == ("(set)", "given")
-    assert found["served_model_name"] == ("tiny", "its folder's or file's name")
-    assert found["request_timeout_s"] == ("-", "when it is done")

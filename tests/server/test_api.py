@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from dataclasses import fields
 from typing import Any
 
@@ -341,5 +342,51 @@ def test_a_null_is_a_field_that_was_left_out(connect: Connect) -> None:
 def test_what_a_chat_cannot_have_is_refused(connect: Connect) -> None:
     none = post(connect(), "/v1/chat/completions", **CHAT, max_completion_tokens=0, max_tokens=5)
     assert none.status_code == 400 and "max_tokens" in none.json()["error"]["message"]
-    asked = post(connect(), "/v1/chat/completions", **CHAT, prompt_logprobs=1)
-    assert asked.status_code == 400 and "prompt_logprobs" in asked.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("told", "size", "status"), [(100, 100, 200), (101, 15, 413), (None, 100, 200), (None, 101, 413)]
+)
+def test_a_body_is_measured_by_what_is_told_and_by_what_comes(
+    connect: Connect, told: int | None, size: int, status: int
+) -> None:
+    body = json.dumps({"prompt": "x"}).encode().ljust(size)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for i in range(0, size, 10):
+            yield body[i : i + 10]
+
+    async def ask() -> httpx.Response:
+        async with connect(max_body_bytes=100) as client:
+            headers = {} if told is None else {"content-length": str(told)}
+            return await client.post("/v1/completions", content=chunks(), headers=headers)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == status
+    assert status == 200 or "larger than 100 bytes" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("length", ["many", "-5", "1e9"])
+def test_a_length_that_is_no_number_is_refused(connect: Connect, length: str) -> None:
+    async def ask() -> int:
+        async with connect() as client:
+            headers = {"content-length": length}
+            return (
+                await client.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
+            ).status_code
+
+    assert asyncio.run(ask()) == 413
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    ("own", "operators", "wanted"),
+    [(None, None, None), (None, 3.0, 3.0), (2.0, None, 2.0), (2.0, 3.0, 2.0), (9.0, 3.0, 3.0)],
+)
+def test_the_operators_time_limit_holds_whatever_a_client_asks(
+    connect: Connect, path: str, own: float | None, operators: float | None, wanted: float | None
+) -> None:
+    engine = FakeEngine()
+    body = {"prompt": "x"} if path == "/v1/completions" else CHAT
+    answer = post(connect(engine, request_timeout_s=operators), path, **body, timeout=own)
+    assert answer.status_code == 200 and engine.asked[0][5] == wanted

@@ -78,13 +78,14 @@ def test_the_samples_template_equals_that_of_transformers(sample_model: Path) ->
             assert text == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
 
 
-def test_further_variables_reach_the_template_but_do_not_replace_its_own() -> None:
-    template = "{{ enable_thinking }} {{ bos_token }} {{ documents | length }}"
-    variables = {"enable_thinking": False, "documents": [1, 2]}
-    assert apply_chat_template(template, [], False, "<s>", "</s>", variables=variables) == "False <s> 2"
-    for name in ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token"):
-        with pytest.raises(RequestError, match=f"'{name}' is no free variable"):
-            apply_chat_template(template, [], False, "<s>", "</s>", variables={name: 1})
+def test_further_variables_reach_the_template_and_its_own_are_refused() -> None:
+    template = "{{ enable_thinking }} {{ documents | length }} {{ add_generation_prompt }} {{ bos_token }}"
+    variables = {"enable_thinking": False, "documents": [1, 2], "add_generation_prompt": True}
+    found = apply_chat_template(template, [], False, "<s>", "</s>", variables=variables)
+    assert found == "False 2 True <s>"
+    for name in ("messages", "tools", "bos_token", "eos_token"):
+        with pytest.raises(RequestError, match=f"'{name}' cannot be given"):
+            apply_chat_template(template, [], False, "<s>", "</s>", variables={name: "x"})
 
 
 def test_documents_are_none_where_none_are_given() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from core.tokenizer import IncrementalDetokenizer, Tokenizer, load_tokenizer
-from core.tokenizer.detokenizer import REPLACEMENT
+from core.tokenizer.detokenizer import MAX_HELD, REPLACEMENT
 from core.tokenizer.tokenizer import FastTokenizer
 
 from . import small
@@ -127,3 +128,16 @@ def test_work_per_token_does_not_grow(tokenizer: Tokenizer, monkeypatch: pytest.
     decoded = 0
     assert "".join(stream(tokenizer, [], ids, True)) == REPLACEMENT * 3000
     assert decoded <= 40 * len(ids)
+
+
+def test_half_characters_are_held_back_where_tokens_are_decoded_together(tmp_path: Path) -> None:
+    backend = small.byte_level(247)
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("never there", "")])
+    tokenizer = load_tokenizer(small.write_folder(tmp_path / "t", backend))
+    assert tokenizer.token_bytes(5) is None and not tokenizer.is_byte_fallback(5)
+    ids = tokenizer.encode("é🙂h")
+    assert len(ids) == 7, "a token for each byte"
+    assert stream(tokenizer, [], ids, True) == ["", "é", "", "", "", "🙂", "h", ""]
+    # What never becomes a character comes out all the same, once it is too long to be one.
+    wrong = [ids[0]] * (MAX_HELD + 1)
+    assert "".join(stream(tokenizer, [], wrong, True)[:-1]) != ""

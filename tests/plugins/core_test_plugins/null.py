@@ -5,7 +5,7 @@ records each step (`NullDevice.log`) and each breach of the contract that it see
 
 Options of the device: `delay=N`: tokens are ready only after N further steps were submitted, or after
 `release()`; `vocab=V`; `eos=ID` with `eos_every=N`; `fail_step=N`: submitting step number N (from 0) raises;
-`memory=BYTES`.
+`step_ms=T`: submitting a step takes that long; `memory=BYTES`.
 """
 
 from __future__ import annotations

@@ -176,6 +176,8 @@ class NullDevice:
         time.sleep(self._step_s)
         if len(self.log) == self.fail_step:
             raise DeviceError(f"the null device fails at step {self.fail_step}, as its options say")
+        if self._step_s:
+            time.sleep(self._step_s)
         record = StepRecord(
             index=len(self.log),
             step_id=batch.step_id,

@@ -95,6 +95,12 @@ def run(
     time_factor: Annotated[
         float, typer.Option(help="multiplies the time limit of each check, for emulated devices")
     ] = 1.0,
+    execution: Annotated[
+        str,
+        typer.Option(
+            help="emulated or compiled, where the device is less than it says: a stand-in, or none at all"
+        ),
+    ] = "",
 ) -> None:
     """Run the checks of some levels, and write a report."""
     from conformance.catalogue import parse_levels
@@ -126,6 +132,7 @@ def run(
             resume=resume,
             waivers=waivers,
             time_factor=time_factor,
+            execution=execution,
         )
         report = Session(subject, request).run()
     except BackendMissing as error:
@@ -251,8 +258,8 @@ def verify(report: Path) -> None:
 
     try:
         text = report.read_text(encoding="utf-8")
-        validate(text, str(report))
         found = from_json(text, str(report))
+        validate(text, str(report))
     except (OSError, ConfigError) as error:
         _end(MISMATCH, str(error))
     typer.echo(found.verdict)

@@ -41,7 +41,7 @@ def to_html(report: Report) -> str:
     facts = {
         "backend": f"{b['name']}: {b['summary']}",
         "version": b["version"] or "not installed as a distribution",
-        "device": f"{e['device']} (driver {e['driver'] or 'not told'})",
+        "device": f"{e['device']} (driver {e['driver'] or 'not told'}); ran {report.execution}",
         "machine": f"{e['platform']}, Python {e['python']}",
         "packages": ", ".join(f"{name} {v}" for name, v in e["packages"].items()),
         "suite": f"{report.suite['version']}, contract {'.'.join(map(str, report.suite['contract']))}",

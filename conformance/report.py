@@ -23,9 +23,11 @@ from conformance.status import EMPTY, EXIT_MEANING, Status, exit_code
 from conformance.subject import Subject, Target
 from core.contract import CONTRACT
 from core.contract.errors import ConfigError
-from core.contract.types import DeviceInfo
+from core.contract.types import DeviceInfo, Execution
 
-SCHEMA = 1
+SCHEMA = 2
+EXECUTIONS: tuple[Execution, ...] = ("native", "emulated", "compiled")
+"""How a backend may have run: the closed set."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Report:
     Attributes:
         suite: version, contract and hash of the list of checks. backend: name, version of its distribution,
             provider of kernels, hash of its spec, and the spec.
-        environment: machine, driver, versions. run: what was asked for.
+        environment: machine, driver, versions, and how the backend ran ("execution": native, emulated or
+            compiled). run: what was asked for, and how many checks each level has without a filter or shard.
         results: in the order of the checks.
     """
 
@@ -63,7 +66,14 @@ class Report:
         meaning = EXIT_MEANING[self.exit_code]
         counts = ", ".join(f"{n} {status}" for status, n in sorted(self.counts.items()))
         levels = f"{self.run['levels_text']}{f' {self.emulated}' if self.emulated else ''}"
-        return f"{self.backend['name']}, {levels}: {meaning} ({counts or 'no checks'})"
+        name = f"{self.backend['name']} ({self.execution})"
+        return f"{name}, {levels}: {meaning} ({counts or 'no checks'})"
+
+    @property
+    def execution(self) -> Execution:
+        """How the backend ran."""
+        found: Execution = self.environment["execution"]
+        return found
 
     @property
     def emulated(self) -> str:
@@ -119,8 +129,41 @@ def _distribution_of(subject: Subject) -> str:
     return ""
 
 
-def environment_facts(info: DeviceInfo | None) -> dict[str, Any]:
-    """The machine, the device (None = the backend did not load), and the versions of what computes."""
+def execution_of(info: DeviceInfo | None, claimed: str) -> Execution:
+    """How a backend ran, by its device's word and by that of who runs the suite.
+
+    The device knows where it runs, so "native" is its word alone; who runs the suite may know better that the
+    device is a stand-in, and take "native" back. Without a known word it counts as
+    emulated.
+
+    Args:
+        info: of the open device, None = there is none. claimed: "" = as the device says.
+
+    Raises:
+        ConfigError: the claim is not known, or takes nothing back.
+    """
+    told = info.execution if info is not None and info.execution in EXECUTIONS else "emulated"
+    if claimed in ("", told):
+        return told
+    if claimed not in EXECUTIONS:
+        raise ConfigError(f"--execution is {claimed!r}; one of {', '.join(EXECUTIONS[1:])} is wanted")
+    if told != "native":
+        raise ConfigError(
+            f"--execution is {claimed!r}, but the device says {told!r}; only a native one can be less than it "
+            "says, so leave the option out, or let the backend say otherwise in DeviceInfo.execution"
+        )
+    return EXECUTIONS[EXECUTIONS.index(claimed)]
+
+
+def environment_facts(info: DeviceInfo | None, claimed: str = "") -> dict[str, Any]:
+    """The machine, the device (None = the backend did not load), and the versions of what computes.
+
+    Args:
+        claimed: how the backend runs, where less than the device says; "" = as it says.
+
+    Raises:
+        ConfigError: as `execution_of`.
+    """
     packages = {}
     for name in ("core", "numpy", "ml_dtypes", "torch", "jax", "jaxlib", "triton"):
         try:
@@ -131,6 +174,7 @@ def environment_facts(info: DeviceInfo | None) -> dict[str, Any]:
         "device": info.name if info else "",
         "device_index": info.index if info else 0,
         "driver": info.driver if info else "",
+        "execution": execution_of(info, claimed),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "python": platform.python_version(),
@@ -147,11 +191,24 @@ def run_facts(
     quick: bool,
     start: datetime,
     kept: Sequence[str] = (),
+    only: str = "",
+    profiles: Sequence[str] = (),
+    checks: Iterable[Check] = (),
 ) -> dict[str, Any]:
-    """What was asked for. `kept`: rules of the backend's that the constraints could not replace."""
+    """What was asked for.
+
+    Args:
+        kept: rules of the backend's that the constraints could not replace.
+        only, profiles: what was left out of the levels.
+        checks: those that the levels have where nothing is left out; their count tells a part from the whole.
+    """
+    numbers = Counter(check.level for check in checks)
     return {
         "levels": list(levels),
         "levels_text": levels_text(levels),
+        "checks": {f"L{level}": numbers[level] for level in levels},
+        "only": only,
+        "profiles": list(profiles),
         "seed": f"{seed:016x}",
         "dtype": target.dtype,
         "device": target.index,
@@ -219,7 +276,8 @@ def from_json(text: str, source: str) -> Report:
         claimed = found.pop("sha256")
         if found["schema"] != SCHEMA:
             raise ConfigError(
-                f"{source} has schema {found['schema']}, but this suite reads {SCHEMA}; run it again"
+                f"{source} has schema {found['schema']}, but this suite reads {SCHEMA}, which tells how the "
+                f"backend ran ({', '.join(EXECUTIONS)}); run it again"
             )
         if digest(found) != claimed:
             raise ConfigError(
@@ -234,6 +292,13 @@ def from_json(text: str, source: str) -> Report:
         raise ConfigError(
             f"{source} says exit code {summary['exit_code']}, its results say {report.exit_code}"
         )
+    if (told := report.environment.get("execution")) not in EXECUTIONS:
+        raise ConfigError(
+            f"{source} does not tell how the backend ran: its execution is {told!r}, and one of "
+            f"{', '.join(EXECUTIONS)} is wanted; run it again"
+        )
+    if summary["counts"] != report.counts or report.backend["spec_sha256"] != digest(report.backend["spec"]):
+        raise ConfigError(f"{source} has counts or a hash of the spec that do not fit the rest; run it again")
     return report
 
 
@@ -258,6 +323,10 @@ def validate(text: str, source: str) -> None:
         ) from None
 
 
+_SAME = ("levels", "checks", "only", "profiles", "seed", "dtype", "options", "fault", "quick")
+"""Facts of a run that all its shards share."""
+
+
 def merge(reports: Sequence[Report], sources: Sequence[str]) -> Report:
     """One report of all shards of a run.
 
@@ -267,14 +336,22 @@ def merge(reports: Sequence[Report], sources: Sequence[str]) -> Report:
     first = reports[0]
 
     def kind(report: Report) -> tuple[object, ...]:
-        run = {k: report.run[k] for k in ("levels", "seed", "dtype", "options", "fault", "quick")}
+        run = {k: report.run[k] for k in _SAME}
         run["constraints"] = report.run.get("constraints", "")
-        return digest(report.suite), report.backend["spec_sha256"], digest(run), report.run["shard"][1]
+        where = report.execution, report.environment["commit"]
+        return (
+            digest(report.suite),
+            report.backend["spec_sha256"],
+            digest(run),
+            where,
+            report.run["shard"][1],
+        )
 
     for report, source in zip(reports, sources, strict=True):
         if kind(report) != kind(first):
             raise ConfigError(
-                f"{source} and {sources[0]} are not shards of one run: suite, spec or options differ"
+                f"{source} and {sources[0]} are not shards of one run: suite, spec, options, commit or "
+                "execution differ"
             )
     shards = [report.run["shard"][0] for report in reports]
     count = first.run["shard"][1]
@@ -353,7 +430,7 @@ def to_markdown(report: Report) -> str:
         "",
         f"Suite {report.suite['version']}, contract {'.'.join(map(str, report.suite['contract']))}; "
         f"{b['summary']} ({b['version'] or 'not installed as a distribution'}); {e['device']}, "
-        f"{e['platform']}, Python {e['python']}, "
+        f"{report.execution}, {e['platform']}, Python {e['python']}, "
         + ", ".join(f"{name} {v}" for name, v in e["packages"].items())
         + f"; {report.run['dtype']}, seed {report.run['seed']}"
         + (f"; commit {e['commit']}" if e["commit"] else "")
@@ -411,7 +488,8 @@ def badge_text(report: Report) -> str:
         reached = level
     grade = f"L{reached}" if reached >= 0 else "none"
     waived = report.counts[Status.WAIVED]
-    return f"conformance {report.suite['version']} · {grade} · {report.run['dtype']} · {waived} waivers"
+    how = "" if report.execution == "native" else f"{report.execution} · "
+    return f"conformance {report.suite['version']} · {grade} · {how}{report.run['dtype']} · {waived} waivers"
 
 
 def to_badge(report: Report) -> str:

@@ -20,6 +20,7 @@ from typing import IO
 from conformance.check import Check, Result, check_seed
 from conformance.status import Status
 from conformance.worker import Setup
+from core.contract.types import DeviceInfo
 
 START_S = 120.0
 """Time in which a worker must have loaded the backend."""
@@ -82,6 +83,12 @@ class Worker:
         printed = self._log.read()[-_LOG_BYTES:].decode(errors="replace")
         return replace(result, log=(result.log + printed)[-2 * _LOG_BYTES :])
 
+    def device(self) -> DeviceInfo | None:
+        """What the open device says of itself; None where it does not open."""
+        self._tell("null")
+        found = json.loads(self._line(START_S * max(1.0, self._time_factor), "opening the device"))
+        return DeviceInfo(**found) if found else None
+
     def close(self) -> None:
         """End it. Idempotent."""
         process = self._process
@@ -134,6 +141,20 @@ class Worker:
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - _LOG_BYTES))
         return self._log.read().decode(errors="replace")
+
+
+def open_device_info(setup: Setup, time_factor: float = 1.0) -> DeviceInfo | None:
+    """What the open device says of itself, asked in a process of its own; None where it can't be asked."""
+    try:
+        worker = Worker(setup, time_factor)
+    except WorkerLost:
+        return None
+    try:
+        return worker.device()
+    except WorkerLost:
+        return None
+    finally:
+        worker.close()
 
 
 def run_all(

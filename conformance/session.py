@@ -6,7 +6,7 @@ import json
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from conformance import report as reports
 from conformance.catalogue import LEVELS, catalogue_of, lacking, parse_levels, parse_shard, select
 from conformance.check import Check, Result, check_seed
 from conformance.report import Report
-from conformance.runner import in_order, run_all
+from conformance.runner import in_order, open_device_info, run_all
 from conformance.status import Status
 from conformance.subject import Subject
 from conformance.waivers import Waiver, apply, read_waivers
@@ -35,6 +35,7 @@ class Request:
     Attributes:
         seed: None = drawn. profiles: claims; () = whatever the backend declares. only: pattern of ids.
         time_factor: what each check's time limit is multiplied by, for devices that are emulated.
+        execution: how the backend runs, where that is less than its device says; "" = as it says.
     """
 
     levels: str = "L0..L5"
@@ -48,6 +49,7 @@ class Request:
     resume: bool = False
     waivers: Path | None = None
     time_factor: float = 1.0
+    execution: str = ""
     is_shown: bool = True
 
 
@@ -86,7 +88,7 @@ class Session:
 
     def run(self) -> Report:
         """Run the checks level by level; the report is written whatever becomes of them."""
-        facts = reports.environment_facts(self._subject.info)
+        facts = self._facts()
         self._request.out.mkdir(parents=True, exist_ok=True)
         if self._request.resume:
             self._read_lines()
@@ -103,6 +105,12 @@ class Session:
         except KeyboardInterrupt:
             self._say("\ninterrupted; `--resume` goes on from here")
         return self._finish(facts)
+
+    def _facts(self) -> dict[str, Any]:
+        """The environment, by the word of the open device. One that does not open ran nothing natively."""
+        info = open_device_info(self._setup, self._request.time_factor)
+        info = info or replace(self._subject.info, execution="emulated")
+        return reports.environment_facts(info, self._request.execution)
 
     def _choose_seed(self) -> int:
         key = self._key()
@@ -230,6 +238,9 @@ class Session:
                 self._request.quick,
                 self._start,
                 () if self._subject.watch is None else self._subject.watch.narrowed.kept,
+                self._request.only,
+                self._request.profiles,
+                select(self._all, self._levels, is_quick=self._request.quick),
             ),
             results=tuple(results),
             waivers=tuple(_as_dict(waiver) for waiver in used),

@@ -1,7 +1,8 @@
 """The process in which checks run: `python -m conformance.worker`. A crash or a hang costs one check.
 
-The first line of standard input is the setup; each later one names a check. Each is answered by one line of
-JSON on what was standard output when the process began; anything that is printed goes to standard error.
+The first line of standard input is the setup; each later one names a check, or is null, which asks for the
+open device. Each is answered by one line of JSON on what was standard output when the process began; anything
+that is printed goes to standard error.
 """
 
 from __future__ import annotations
@@ -90,7 +91,17 @@ def main() -> None:
         return
     answer({"ready": len(checks)})
     for line in sys.stdin:
-        answer(asdict(run_check(checks[json.loads(line)], subject, setup.seed)))
+        asked = json.loads(line)
+        answer(asdict(run_check(checks[asked], subject, setup.seed)) if asked else _device_of(subject))
+
+
+def _device_of(subject: Subject) -> dict[str, Any]:
+    """What the open device says of itself; {} where it does not open."""
+    try:
+        return asdict(subject.device.info)
+    except Exception:
+        traceback.print_exc()
+        return {}
 
 
 if __name__ == "__main__":

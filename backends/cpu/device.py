@@ -51,6 +51,7 @@ def describe(index: int, driver: str) -> DeviceInfo:
         memory_bytes=memory.total_bytes,
         memory_kind=memory.kind,
         driver=driver,
+        execution="native",
     )
 
 

@@ -45,6 +45,7 @@ def describe(driver: str) -> DeviceInfo:
         memory_bytes=memory.total_bytes,
         memory_kind=memory.kind,
         driver=driver,
+        execution="native",
     )
 
 

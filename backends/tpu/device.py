@@ -59,6 +59,7 @@ class TpuDevice:
             index=index,
             name=f"{handle.device_kind} (jax {handle.platform} platform)",
             driver=f"jax {jax.__version__}",
+            execution="native" if handle.platform == "tpu" else "emulated",
         )
         memory = self.memory()
         self._info = replace(info, memory_bytes=memory.total_bytes, memory_kind=memory.kind)

@@ -87,7 +87,13 @@ def core_probe(request: ProbeRequest) -> list[DeviceInfo] | Unavailable:
         chips = sorted(Path("/dev").glob("accel[0-9]*")) or sorted(Path("/dev/vfio").glob("[0-9]*"))
     names = [f"TPU chip {i}" for i in range(len(chips))] or ["host processor (jax CPU platform)"]
     found = [
-        DeviceInfo(backend=SPEC.name, index=i, name=name, driver=_jax_version())
+        DeviceInfo(
+            backend=SPEC.name,
+            index=i,
+            name=name,
+            driver=_jax_version(),
+            execution="native" if chips else "emulated",
+        )
         for i, name in enumerate(names)
         if request.visible is None or i in request.visible
     ]

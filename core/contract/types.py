@@ -22,6 +22,7 @@ CacheHandle = Any
 CacheKind = Literal["paged", "window", "latent", "state"]
 GroupKind = Literal["paged", "window", "state"]
 StepKind = Literal["decode", "prefill", "mixed"]
+Execution = Literal["native", "emulated", "compiled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,10 @@ class DeviceInfo:
         memory_bytes: its memory, or None where that cannot be asked without a driver context.
         memory_kind: whether `memory_bytes` was measured or is declared.
         driver: driver or library version, for reports.
+        execution: how steps run on it. "native" = on the hardware that the backend is named for; "emulated" =
+            elsewhere, where an interpreter or a stand-in takes its place; "compiled" = the vendor's compiler
+            makes programs for it, which nothing runs. Nothing is taken for native that does not say so. The
+            word of an open device counts in reports: options may change where it runs.
     """
 
     backend: str
@@ -43,6 +48,7 @@ class DeviceInfo:
     memory_bytes: int | None = None
     memory_kind: Literal["measured", "declared"] = "declared"
     driver: str = ""
+    execution: Execution = "emulated"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,14 @@ def find_devices() -> list[DeviceInfo]:
     """Every device of this machine."""
     driver = f"numpy {np.__version__}"
     return [
-        DeviceInfo(backend="tile", index=0, name="tile on the host", memory_bytes=host_bytes(), driver=driver)
+        DeviceInfo(
+            backend="tile",
+            index=0,
+            name="tile on the host",
+            memory_bytes=host_bytes(),
+            driver=driver,
+            execution="emulated",
+        )
     ]
 
 

@@ -19,6 +19,7 @@ from xml.etree import ElementTree
 from conformance import SUITE
 from conformance.catalogue import LEVELS
 from conformance.check import Check, Result, check_seed
+from conformance.execution import EXECUTIONS, execution_of
 from conformance.status import EMPTY, EXIT_MEANING, Status, exit_code
 from conformance.subject import Subject, Target
 from core.contract import CONTRACT
@@ -26,8 +27,6 @@ from core.contract.errors import ConfigError
 from core.contract.types import DeviceInfo, Execution
 
 SCHEMA = 2
-EXECUTIONS: tuple[Execution, ...] = ("native", "emulated", "compiled")
-"""How a backend may have run: the closed set."""
 
 
 @dataclass(frozen=True)
@@ -129,32 +128,6 @@ def _distribution_of(subject: Subject) -> str:
     return ""
 
 
-def execution_of(info: DeviceInfo | None, claimed: str) -> Execution:
-    """How a backend ran, by its device's word and by that of who runs the suite.
-
-    The device knows where it runs, so "native" is its word alone; who runs the suite may know better that the
-    device is a stand-in, and take "native" back. Without a known word it counts as
-    emulated.
-
-    Args:
-        info: of the open device, None = there is none. claimed: "" = as the device says.
-
-    Raises:
-        ConfigError: the claim is not known, or takes nothing back.
-    """
-    told = info.execution if info is not None and info.execution in EXECUTIONS else "emulated"
-    if claimed in ("", told):
-        return told
-    if claimed not in EXECUTIONS:
-        raise ConfigError(f"--execution is {claimed!r}; one of {', '.join(EXECUTIONS[1:])} is wanted")
-    if told != "native":
-        raise ConfigError(
-            f"--execution is {claimed!r}, but the device says {told!r}; only a native one can be less than it "
-            "says, so leave the option out, or let the backend say otherwise in DeviceInfo.execution"
-        )
-    return EXECUTIONS[EXECUTIONS.index(claimed)]
-
-
 def environment_facts(info: DeviceInfo | None, claimed: str = "") -> dict[str, Any]:
     """The machine, the device (None = the backend did not load), and the versions of what computes.
 
@@ -193,7 +166,7 @@ def run_facts(
     kept: Sequence[str] = (),
     only: str = "",
     profiles: Sequence[str] = (),
-    checks: Iterable[Check] = (),
+    checks: Iterable[Check] | None = None,
 ) -> dict[str, Any]:
     """What was asked for.
 
@@ -201,12 +174,13 @@ def run_facts(
         kept: rules of the backend's that the constraints could not replace.
         only, profiles: what was left out of the levels.
         checks: those that the levels have where nothing is left out; their count tells a part from the whole.
+            None = they are not known.
     """
-    numbers = Counter(check.level for check in checks)
+    numbers = Counter(check.level for check in checks or ())
     return {
         "levels": list(levels),
         "levels_text": levels_text(levels),
-        "checks": {f"L{level}": numbers[level] for level in levels},
+        "checks": {} if checks is None else {f"L{level}": numbers[level] for level in levels},
         "only": only,
         "profiles": list(profiles),
         "seed": f"{seed:016x}",

@@ -9,14 +9,14 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import get_args
 
 from conformance.check import Check, Context
+from conformance.execution import EXECUTIONS
 from core.contract import CONTRACT
 from core.contract.interfaces import Communicator
 from core.contract.requests import ProbeRequest, SpecRequest
 from core.contract.spec import BackendSpec
-from core.contract.types import DeviceInfo, Execution, Unavailable
+from core.contract.types import DeviceInfo, Unavailable
 
 ALLOWED = ("core.contract",)
 """Of core, what a plugin may import."""
@@ -130,9 +130,9 @@ def devices(context: Context) -> None:
         )
         context.require(bool(info.name), "a device has no name")
         context.require(
-            info.execution in get_args(Execution),
+            info.execution in EXECUTIONS,
             f"device {info.name!r} has execution {info.execution!r}, but wanted is one of "
-            + ", ".join(get_args(Execution)),
+            + ", ".join(EXECUTIONS),
         )
 
 

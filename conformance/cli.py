@@ -15,6 +15,9 @@ from conformance.status import EXIT_MEANING, FAILURES, MISMATCH, NO_DEVICE, USAG
 from conformance.subject import BackendMissing, BackendRefused, Subject, Target
 from core.contract.errors import ConfigError, CoreError
 
+Resume = Annotated[bool, typer.Option(help="go on from --out")]
+Others = Annotated[list[Path] | None, typer.Option("--from", help="a file of another shard; may be repeated")]
+
 app = typer.Typer(
     help="Check a backend against the contract and the CPU reference.",
     no_args_is_help=True,
@@ -54,6 +57,11 @@ def _target(
 def _end(code: int, message: str) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
+
+
+def _files(known: Sequence[Path] | None, resume: bool, out: Path | None) -> list[Path]:
+    """What a run goes on from."""
+    return [*(known or ()), *([out] if resume and out is not None and out.exists() else ())]
 
 
 def _seed(text: str) -> int:
@@ -288,23 +296,25 @@ def zoo(
     seeds: Annotated[int, typer.Option(min=1, help="seeds 0 to N - 1")] = 1,
     shard: Annotated[str, typer.Option(help="i/n")] = "1/1",
     only: Annotated[str, typer.Option(help="a regular expression that the fault's name must contain")] = "",
-    resume: Annotated[bool, typer.Option(help="go on from --out")] = False,
+    resume: Resume = False,
+    known: Others = None,
     out: Annotated[Path | None, typer.Option(help="JSON file of what became of each fault")] = None,
 ) -> None:
     """Plant every known fault in the reference backend, and see that a test of its family finds it."""
     from conformance.catalogue import parse_shard
     from conformance.zoo.faults import FAULTS, NO_SUBJECT
-    from conformance.zoo.run import Catch, hunt_all, read_results, write_results
+    from conformance.zoo.run import Catch, hunt_all, resumed, write_results
 
-    known = []
+    def keep(found: Sequence[Catch]) -> None:
+        if out is not None:
+            write_results(out, found)
+
     try:
-        if resume and out is not None and out.exists():
-            known = [Catch(**entry) for entry in read_results(out)]
-        found = hunt_all(seeds, parse_shard(shard), only, known)
+        before = resumed(Catch, _files(known, resume, out))
+        found = hunt_all(seeds, parse_shard(shard), only, before, keep)
     except ConfigError as error:
         _end(USAGE, str(error))
-    if out is not None:
-        write_results(out, found)
+    keep(found)
     missed = [catch for catch in found if not catch.by]
     numbers = {fault.number for fault in FAULTS}
     typer.echo(
@@ -322,23 +332,27 @@ def alarms(
     level: Levels = "L1..L2",
     backend: Annotated[list[str] | None, typer.Option(help="a clean backend; may be repeated")] = None,
     shard: Annotated[str, typer.Option(help="i/n")] = "1/1",
-    resume: Annotated[bool, typer.Option(help="go on from --out")] = False,
+    resume: Resume = False,
+    known: Others = None,
+    jobs: Annotated[int, typer.Option(min=1, help="workers of a run")] = 2,
     out: Annotated[Path | None, typer.Option(help="JSON file of what was found")] = None,
 ) -> None:
     """Run the checks against backends that are right: clean ones, and the reference under legal changes."""
     from conformance.catalogue import parse_levels, parse_shard
-    from conformance.zoo.run import Alarms, all_alarms, read_results, write_results
+    from conformance.zoo.run import Alarms, all_alarms, resumed, write_results
 
-    known = []
+    def keep(found: Sequence[Alarms]) -> None:
+        if out is not None:
+            write_results(out, found)
+
     try:
         parse_levels(level)
-        if resume and out is not None and out.exists():
-            known = [Alarms(**{**entry, "alarms": tuple(entry["alarms"])}) for entry in read_results(out)]
-        found = all_alarms(backend or ["cpu_reference"], seeds, level, parse_shard(shard), known)
+        before = resumed(Alarms, _files(known, resume, out))
+        clean = backend or ["cpu_reference"]
+        found = all_alarms(clean, seeds, level, parse_shard(shard), before, jobs, keep)
     except ConfigError as error:
         _end(USAGE, str(error))
-    if out is not None:
-        write_results(out, found)
+    keep(found)
     false = sum(len(one.alarms) for one in found)
     typer.echo(f"{false} false alarms in {sum(one.checks for one in found)} checks of {len(found)} runs")
     raise typer.Exit(FAILURES if false else 0)
@@ -352,10 +366,8 @@ def mutants(
     seed: Annotated[str, typer.Option(help="up to 16 hexadecimal digits")] = "0",
     shard: Annotated[str, typer.Option(help="i/n")] = "1/1",
     limit: Annotated[int | None, typer.Option(min=1, help="of mutants that are run")] = None,
-    resume: Annotated[bool, typer.Option(help="go on from --out")] = False,
-    known: Annotated[
-        list[Path] | None, typer.Option("--from", help="a file of another shard; may be repeated")
-    ] = None,
+    resume: Resume = False,
+    known: Others = None,
     out: Annotated[Path | None, typer.Option(help="JSON file of what became of each mutant")] = None,
 ) -> None:
     """Make every small change in the text of the reference's attention, states and sampler, and see that the
@@ -363,8 +375,8 @@ def mutants(
     """
     from conformance.catalogue import parse_shard
     from conformance.zoo.mutants import FAMILIES
-    from conformance.zoo.mutation import AIM, Fate, counts, read_fates, run_mutants, score, stale
-    from conformance.zoo.run import write_results
+    from conformance.zoo.mutation import AIM, Fate, counts, run_mutants, score, stale
+    from conformance.zoo.run import resumed, write_results
 
     modules = module or list(FAMILIES)
 
@@ -373,8 +385,8 @@ def mutants(
             write_results(out, fates, counts(fates))
 
     try:
-        files = [*(known or ()), *([out] if resume and out is not None and out.exists() else ())]
-        found = run_mutants(modules, _seed(seed), parse_shard(shard), limit, read_fates(files), keep)
+        before = resumed(Fate, _files(known, resume, out))
+        found = run_mutants(modules, _seed(seed), parse_shard(shard), limit, before, keep)
         wrong = stale(found, modules)
     except ConfigError as error:
         _end(USAGE, str(error))

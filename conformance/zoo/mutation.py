@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from conformance.catalogue import catalogue, lacking
 from conformance.check import Check
@@ -256,19 +255,3 @@ def score(fates: Sequence[Fate]) -> float:
     """The part of the mutants that are not equivalent which were killed."""
     counted = [fate for fate in fates if fate.status != EQUIVALENT]
     return sum(fate.status == KILLED for fate in counted) / max(1, len(counted))
-
-
-def read_fates(paths: Sequence[Path]) -> list[Fate]:
-    """Of files that `core conformance mutants` wrote.
-
-    Raises:
-        ConfigError: one is none.
-    """
-    from conformance.zoo.run import read_results
-
-    try:
-        return [Fate(**entry) for path in paths for entry in read_results(path)]
-    except TypeError as error:
-        raise ConfigError(
-            f"{', '.join(map(str, paths))}: {error}; delete what is of another version"
-        ) from None

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from conformance import SUITE
 from conformance.catalogue import catalogue, lacking, parse_levels, select
@@ -98,9 +97,18 @@ def _in_time(check: Check, fault: Fault) -> Check:
 
 
 def hunt_all(
-    seeds: int, shard: tuple[int, int] = (1, 1), only: str = "", known: Sequence[Catch] = ()
+    seeds: int,
+    shard: tuple[int, int] = (1, 1),
+    only: str = "",
+    known: Sequence[Catch] = (),
+    keep: Callable[[Sequence[Catch]], None] = lambda found: None,
 ) -> list[Catch]:
-    """Every fault, severity and seed of a shard; what is `known` is not run again. Shows each as it ends."""
+    """Every fault, severity and seed of a shard, and all that are `known`, which are not run again. Shows
+    each as it ends.
+
+    Args:
+        keep: is given what is found so far, after each.
+    """
     done = {(c.fault, c.severity, c.seed): c for c in known}
     work = [
         (fault, severity, seed)
@@ -108,17 +116,18 @@ def hunt_all(
         for fault, severity in variants()
         if re.search(only, fault.name)
     ]
-    found = []
+    found = {}
     for i, (fault, severity, seed) in enumerate(work):
-        if i % shard[1] != shard[0] - 1:
-            continue
-        catch = done.get((fault.name, severity, seed)) or hunt(fault, severity, seed)
-        found.append(catch)
-        name = f"{fault.number:>3} {fault.name}{f' {severity}' if severity else ''}"
-        text = f"{catch.status:<8} by {catch.by} ({catch.tests} tests)" if catch.by else "MISSED"
-        print(f"{name:<42} {text} {catch.seconds:.1f} s", flush=True)
-        sys.stdout.flush()
-    return found
+        key = (fault.name, severity, seed)
+        if key in done:
+            found[key] = done[key]
+        elif i % shard[1] == shard[0] - 1:
+            catch = found[key] = hunt(fault, severity, seed)
+            name = f"{fault.number:>3} {fault.name}{f' {severity}' if severity else ''}"
+            text = f"{catch.status:<8} by {catch.by} ({catch.tests} tests)" if catch.by else "MISSED"
+            print(f"{name:<42} {text} {catch.seconds:.1f} s", flush=True)
+            keep(list(found.values()))
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,9 @@ class Alarms:
     checks: int
     alarms: tuple[str, ...]
     seconds: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alarms", tuple(self.alarms))
 
 
 def alarms_of(target: Target, seed: int, levels: str, jobs: int) -> Alarms:
@@ -156,22 +168,33 @@ def all_alarms(
     shard: tuple[int, int] = (1, 1),
     known: Sequence[Alarms] = (),
     jobs: int = 2,
+    keep: Callable[[Sequence[Alarms]], None] = lambda found: None,
 ) -> list[Alarms]:
-    """Clean backends, and the reference under every legal change, over seeds. Shows each as it ends."""
+    """Clean backends, and the reference under every legal change, over seeds: the runs of a shard, and all
+    that are `known`, which are not done again. Shows each as it ends.
+
+    Args:
+        jobs: workers of a run. keep: is given what is found so far, after each.
+    """
     targets = [Target(name) for name in backends] + [Target(BASE, fault=f"{v.name}:") for v in LEGAL]
     done = {(a.backend, a.seed, a.levels): a for a in known}
-    found = []
+    found = {}
     for i, (seed, target) in enumerate((seed, target) for seed in range(seeds) for target in targets):
-        if i % shard[1] != shard[0] - 1:
-            continue
         name = f"{target.backend}{f', {target.fault}'.rstrip(':') if target.fault else ''}"
-        one = done.get((name, seed, levels)) or alarms_of(target, seed, levels, jobs)
-        found.append(one)
-        text = f"{len(one.alarms)} alarms in {one.checks} checks, {one.seconds:.1f} s"
-        print(f"seed {seed:>2} {name:<40} {text}", flush=True)
-        for alarm in one.alarms:
-            print(f"  {alarm}", flush=True)
-    return found
+        key = (name, seed, levels)
+        if key in done:
+            found[key] = done[key]
+        elif i % shard[1] == shard[0] - 1:
+            one = found[key] = alarms_of(target, seed, levels, jobs)
+            text = f"{len(one.alarms)} alarms in {one.checks} checks, {one.seconds:.1f} s"
+            print(f"seed {seed:>2} {name:<40} {text}", flush=True)
+            for alarm in one.alarms:
+                print(f"  {alarm}", flush=True)
+            keep(list(found.values()))
+    return list(found.values())
+
+
+_Kind = TypeVar("_Kind", Catch, Alarms, Fate)
 
 
 def write_results(
@@ -185,7 +208,9 @@ def write_results(
         "results": [asdict(one) for one in found],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -194,8 +219,35 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: it is none.
     """
+    return _read(path)[1]
+
+
+def resumed(kind: type[_Kind], paths: Sequence[Path]) -> list[_Kind]:
+    """What files hold that a run goes on from.
+
+    Raises:
+        ConfigError: one is none, or of another commit or version of the suite.
+    """
+    found: list[_Kind] = []
+    here = (os.environ.get("CORE_COMMIT", ""), SUITE)
+    for path in paths:
+        made, entries = _read(path)
+        if made != here:
+            names = [f"commit {commit or 'not told'}, suite {suite}" for commit, suite in (made, here)]
+            raise ConfigError(
+                f"{path} is of {names[0]}, this run of {names[1]} (CORE_COMMIT tells the commit); "
+                "delete the file or leave it out"
+            )
+        try:
+            found += [kind(**entry) for entry in entries]
+        except TypeError as error:
+            raise ConfigError(f"{path} cannot be resumed ({error}); delete it") from None
+    return found
+
+
+def _read(path: Path) -> tuple[tuple[str, str], list[dict[str, Any]]]:
     try:
-        found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["results"]
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return (table["commit"], table["suite"]), table["results"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be resumed ({type(error).__name__}: {error}); delete it") from None
-    return found

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from conformance.catalogue import catalogue, lacking
+from conformance.cli import app
 from conformance.runner import WorkerLost
 from conformance.status import Status
 from conformance.subject import Subject, Target
@@ -16,7 +20,7 @@ from conformance.worker import run_check
 from conformance.zoo.clone import edited, load, sources
 from conformance.zoo.faults import FAULTS, NO_SUBJECT, Fault
 from conformance.zoo.plant import planted
-from conformance.zoo.run import family_of, hunt, variants
+from conformance.zoo.run import Catch, family_of, hunt, read_results, variants
 from core.contract.errors import ConfigError
 from core.plugins import Plugins
 
@@ -100,3 +104,42 @@ def test_a_fault_is_hunted_by_its_family_alone() -> None:
     assert catch.by.startswith("L2/addressing/") and catch.status == "fail"
     elsewhere = replace(window, caught_by="L1/pack/")
     assert hunt(elsewhere, "1", 0).by == ""
+
+
+def test_a_sweep_that_was_ended_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, str, int]] = []
+
+    def find(fault: Fault, severity: str, seed: int) -> Catch:
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append((fault.name, severity, seed))
+        return Catch(fault.name, severity, seed, "L2/check", "fail", "found", 0.1, 1)
+
+    monkeypatch.setattr("conformance.zoo.run.hunt", find)
+    monkeypatch.setenv("CORE_COMMIT", "abc")
+    out = tmp_path / "zoo.json"
+
+    def sweep(*arguments: str) -> Result:
+        command = ["zoo", "--only", "window|sink", "--seeds", "2", "--out", str(out), *arguments]
+        return CliRunner().invoke(app, command)
+
+    assert sweep("--shard", "1/2").exit_code != 0
+    assert len(ran) == 3 == len(read_results(out)), "each is kept as soon as it is known"
+    first = set(ran)
+    ran.clear()
+    other = tmp_path / "other.json"
+    monkeypatch.setattr("conformance.zoo.run.hunt", lambda *what: ran.append(what) or find_none(what))
+    assert sweep("--shard", "1/2", "--resume").exit_code == 0
+    assert not first & {(fault.name, severity, seed) for fault, severity, seed in ran}
+    assert sweep("--shard", "2/2", "--out", str(other)).exit_code == 0
+    ran.clear()
+    whole = sweep("--from", str(out), "--from", str(other), "--out", str(tmp_path / "whole.json"))
+    assert whole.exit_code == 0 and not ran, "shards together are the whole"
+    monkeypatch.setenv("CORE_COMMIT", "def")
+    refused = sweep("--resume")
+    assert refused.exit_code == 2 and "commit abc" in refused.output and "commit def" in refused.output
+
+
+def find_none(what: tuple[Fault, str, int]) -> Catch:
+    fault, severity, seed = what
+    return Catch(fault.name, severity, seed, "L2/check", "fail", "found", 0.1, 1)

@@ -25,6 +25,10 @@ class Failed(Exception):
     """The backend does not do what the contract says: found, wanted, where."""
 
 
+class Missing(Exception):
+    """What a check needs, beside the backend, is not on this machine; says what, and how to get it."""
+
+
 class Context:
     """What a running check may use. Figures that it records go into the report.
 

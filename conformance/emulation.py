@@ -84,10 +84,10 @@ class EmulatedOps(Ops):
 
     def _product(self, x: Any, w: Any, bias: Any | None = None) -> Array:
         """x [..., D] w [O, D]^T, in the accumulator: [..., O]."""
-        x, w = self._wide(x), self._wide(w)
-        y = np.zeros((*x.shape[:-1], len(w)), self._acc)
-        for d in range(x.shape[-1]):
-            y += x[..., d, None] * w[:, d]
+        x, columns = self._wide(x), np.ascontiguousarray(self._wide(w).T)
+        y = np.zeros((*x.shape[:-1], columns.shape[1]), self._acc)
+        for d, column in enumerate(columns):
+            y += x[..., d, None] * column
         return y if bias is None else y + self._wide(bias)
 
     def linear(self, x: Array, w: Array, bias: Array | None = None, *, wide: bool = False) -> Array:

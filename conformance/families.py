@@ -32,8 +32,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 _EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
-_LATENT = {
-    "num_key_value_heads": 4,
+_GROUPED = {
     "first_k_dense_replace": 1,
     "moe_intermediate_size": 32,
     "n_routed_experts": 16,
@@ -43,14 +42,30 @@ _LATENT = {
     "topk_group": 2,
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.7,
+}
+_LATENT = {
+    **_GROUPED,
+    "num_key_value_heads": 4,
     "q_lora_rank": 28,
     "kv_lora_rank": 24,
     "qk_nope_head_dim": 20,
     "qk_rope_head_dim": 16,
     "v_head_dim": 12,
 }
+_LINEAR = {
+    "num_hidden_layers": 4,
+    "head_dim": 32,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.25},
+}
 FAMILIES: Mapping[str, tuple[str, dict[str, Any], str, tuple[str, ...]]] = {
     "llama": ("LlamaForCausalLM", {"rope_parameters": _LLAMA3, "attention_bias": True}, "dense", ()),
+    "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, "dense", ()),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 32, "tie_word_embeddings": True}, "dense", ()),
     "mistral": ("MistralForCausalLM", {"sliding_window": WINDOW}, "dense", ("attention.window",)),
     "gemma2": (
@@ -66,6 +81,24 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any], str, tuple[str, ...]]] = {
         "dense",
         ("attention.window", "attention.soft_cap"),
     ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": WINDOW,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 30000.0, "factor": 4.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+            "tie_word_embeddings": True,
+        },
+        "dense",
+        ("attention.window",),
+    ),
     "phi3": ("Phi3ForCausalLM", {"partial_rotary_factor": 0.75}, "dense", ()),
     "mixtral": ("MixtralForCausalLM", _EXPERTS, "moe", ("routed_experts",)),
     "qwen3_moe": (
@@ -80,22 +113,52 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any], str, tuple[str, ...]]] = {
         "moe",
         ("routed_experts", "attention.window", "attention.sinks"),
     ),
-    "deepseek_v3": ("DeepseekV3ForCausalLM", _LATENT, "latent", ("routed_experts", "attention.latent")),
-    "qwen3_5": (
-        "Qwen3_5ForCausalLM",
+    "llama4": (
+        "Llama4ForCausalLM",
         {
             "num_hidden_layers": 4,
             "head_dim": 32,
-            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 24,
-            "linear_conv_kernel_dim": 4,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 0, 1, 0],
+            "attention_chunk_size": WINDOW,
+            "attn_temperature_tuning": True,
+            "floor_scale": 8,
+            "attn_scale": 0.4,
+            "rope_parameters": _LLAMA3,
+        },
+        "moe",
+        ("routed_experts", "attention.chunk", "attention.q_scale"),
+    ),
+    "glm4_moe": (
+        "Glm4MoeForCausalLM",
+        {
+            **_GROUPED,
+            "num_hidden_layers": 3,
+            "head_dim": 32,
+            "attention_bias": True,
+            "use_qk_norm": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.25},
         },
+        "moe",
+        ("routed_experts",),
+    ),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", _LATENT, "latent", ("routed_experts", "attention.latent")),
+    "deepseek_v2": (
+        "DeepseekV2ForCausalLM",
+        {**_LATENT, "q_lora_rank": None, "norm_topk_prob": False, "topk_method": "group_limited_greedy"},
+        "latent",
+        ("routed_experts", "attention.latent"),
+    ),
+    "qwen3_5": ("Qwen3_5ForCausalLM", _LINEAR, "state", ("state_kinds",)),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForCausalLM",
+        {**_LINEAR, **_EXPERTS, "shared_expert_intermediate_size": 40},
         "state",
-        ("state_kinds",),
+        ("state_kinds", "routed_experts"),
     ),
 }
 """Name -> architecture, what its config has besides, profile, and features that a backend needs."""

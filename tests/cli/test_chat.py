@@ -62,11 +62,13 @@ def chat(model: Path, monkeypatch: pytest.MonkeyPatch) -> Chat:
         monkeypatch.setattr("builtins.input", read)
         monkeypatch.setattr(Engine, "step", step)
         monkeypatch.setattr(LLM, "chat_prompt", prompt)
-        before = signal.getsignal(signal.SIGINT)
+        # A run in the background may ignore interrupts, and so would the command.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             talk(str(model), OPTIONS, "", PARAMS)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         finally:
-            assert signal.getsignal(signal.SIGINT) is before
+            signal.signal(signal.SIGINT, before)
         return asked
 
     return run

@@ -134,7 +134,7 @@ def test_a_request_that_cannot_run_is_refused_and_changes_nothing(
         ({"n": 0}, "n is 0"),
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"stop": ("",)}, "stop is"),
+        ({"stop": ("",)}, "stop holds"),
     ],
 )
 def test_sampling_parameters_out_of_range_are_refused(option: dict[str, object], words: str) -> None:

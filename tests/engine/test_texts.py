@@ -62,10 +62,10 @@ def test_without_detokenizing_there_is_no_text(tokenizer: Tokenizer) -> None:
     ("min_tokens", "expected"),
     [
         (0, ("a", "bc", 3)),
-        (3, ("a", "bc", 3)),
-        (4, ("abca", "bc", 6)),
-        (6, ("abca", "bc", 6)),
-        (7, ("abcabcbb", None, 8)),
+        (2, ("a", "bc", 3)),
+        (3, ("abca", "bc", 6)),
+        (5, ("abca", "bc", 6)),
+        (6, ("abcabcbb", None, 8)),
     ],
 )
 def test_a_stop_text_that_is_complete_before_the_least_number_of_tokens_ends_nothing(

@@ -13,26 +13,33 @@ Found = Sequence[Mapping[int, Logprob] | None]
 
 
 class LogprobWriter:
-    """Writes tokens as text; bytes that are no text on their own as `bytes:\\xNN`, so that none are lost."""
+    """Writes tokens as text, no two the same.
+
+    Bytes that are no text on their own are written as `bytes:\\xNN`, and a token whose bytes another one has
+    too, or that has none (logits may be wider than the vocabulary), as `token_id:N`.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        # Asked here, because it takes a look at every token, and later requests are under way.
+        self._shared = tokenizer.shared_ids
         self._texts: dict[int, str] = {}
 
     def text(self, token: int) -> str:
         """A token's text."""
         found = self._texts.get(token)
         if found is None:
-            raw = self._tokenizer.token_bytes(token)
-            if raw is None:
-                found = self._tokenizer.decode([token], skip_special_tokens=False)
-            else:
-                try:
-                    found = raw.decode()
-                except UnicodeDecodeError:
-                    found = "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
-            self._texts[token] = found
+            found = self._texts[token] = self._name(token)
         return found
+
+    def _name(self, token: int) -> str:
+        raw = self._tokenizer.token_bytes(token)
+        if not raw or token in self._shared:
+            return f"token_id:{token}"
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
 
     def completion(self, ids: Sequence[int], found: Found, offsets: Sequence[int], start: int = 0) -> Json:
         """Of /v1/completions: parallel lists.
@@ -63,7 +70,8 @@ class LogprobWriter:
         for i in ids:
             begin = at + growing.num_held()
             offsets.append(min(begin, len(text)))
-            if i not in self._tokenizer.special_ids or text.startswith(self.text(i), begin):
+            shown = self._tokenizer.token_bytes(i).decode("utf-8", "replace")
+            if i not in self._tokenizer.special_ids or text.startswith(shown, begin):
                 at += len(growing.add([i]))
         return offsets
 
@@ -101,5 +109,5 @@ class LogprobWriter:
         return {
             "token": self.text(token),
             "logprob": found.logprob,
-            "bytes": None if raw is None else list(raw),
+            "bytes": list(raw) or None,
         }

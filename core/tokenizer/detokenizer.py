@@ -29,7 +29,7 @@ class IncrementalDetokenizer:
         self._skip = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._vocab_size = tokenizer.vocab_size
         self._stream: _Bytes | _Window
-        if tokenizer.token_bytes(0) is not None:
+        if tokenizer.is_byte_level:
             self._stream = _Bytes(tokenizer)
             self._stream.add(self._last(prompt_ids, MAX_HELD))
         else:
@@ -75,7 +75,7 @@ class _Bytes:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, ids: Sequence[int]) -> str:
-        return self._decoder.decode(b"".join(self._tokenizer.token_bytes(i) or b"" for i in ids))
+        return self._decoder.decode(b"".join(self._tokenizer.token_bytes(i) for i in ids))
 
     def num_held(self) -> int:
         return 0

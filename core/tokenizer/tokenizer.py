@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,10 +67,23 @@ class Tokenizer(Protocol):
             RequestError: an id is negative or does not fit 32 bits.
         """
 
-    def token_bytes(self, token_id: int) -> bytes | None:
-        """What the token adds to a text wherever it stands; b"" outside the vocabulary.
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether a text is its tokens' bytes joined, wherever they stand; else neighbours matter (a space
+        that begins a text is dropped, say, and bytes are text only in whole characters).
+        """
 
-        None where that depends on its neighbours, which is the case for every token or for none.
+    @property
+    def shared_ids(self) -> frozenset[int]:
+        """Ids whose bytes another token has too: all such but one, which is no raw byte where that can be,
+        and else the lowest.
+        """
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's own bytes, which need not be whole characters; b"" outside the vocabulary.
+
+        A raw byte (`is_byte_fallback`) is that byte, a piece of a text its UTF-8 with the space that it
+        begins with, a special token its name.
         """
 
     def is_byte_fallback(self, token_id: int) -> bool:
@@ -146,35 +159,63 @@ class FastTokenizer:
                 f"token ids run from {min(ids)} to {max(ids)}; they must be in [0, {self.vocab_size})"
             ) from None
 
-    def token_bytes(self, token_id: int) -> bytes | None:
+    @cached_property
+    def is_byte_level(self) -> bool:
         """See `Tokenizer`."""
-        if not self._is_byte_level:
-            return None
+        return [d["type"] for d in self._decoders] == ["ByteLevel"]
+
+    @cached_property
+    def shared_ids(self) -> frozenset[int]:
+        """See `Tokenizer`."""
+        owner: dict[bytes, int] = {}
+        others: list[int] = []
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            raw = self._bytes(token)
+            before = owner.setdefault(raw, i)
+            if before != i:
+                owner[raw], other = sorted((before, i), key=lambda t: (self.is_byte_fallback(t), t))
+                others.append(other)
+        return frozenset(others)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """See `Tokenizer`."""
         token = self.backend.id_to_token(token_id)
-        if token is None:
-            return b""
-        # A token with a character outside the byte alphabet stands for itself, as the decoder has it.
-        return bytes(_BYTES[c] for c in token) if all(c in _BYTES for c in token) else bytes(token, "utf-8")
+        return b"" if token is None else self._bytes(token)
 
     def is_byte_fallback(self, token_id: int) -> bool:
         """See `Tokenizer`."""
-        return (
-            self._has_byte_fallback
-            and _BYTE_TOKEN.fullmatch(self.backend.id_to_token(token_id) or "") is not None
-        )
+        return self._is_raw_byte(self.backend.id_to_token(token_id) or "")
 
     @cached_property
-    def _decoders(self) -> tuple[str, ...]:
+    def _decoders(self) -> tuple[Mapping[str, Any], ...]:
+        """The decoder's steps, as tokenizer.json has them."""
         found = json.loads(self.backend.decoder.__getstate__()) if self.backend.decoder is not None else {}
-        return tuple(d["type"] for d in found.get("decoders", [found] if found else []))
+        return tuple(found.get("decoders", [found] if found else []))
 
-    @property
-    def _is_byte_level(self) -> bool:
-        return self._decoders == ("ByteLevel",)
-
-    @property
+    @cached_property
     def _has_byte_fallback(self) -> bool:
-        return "ByteFallback" in self._decoders
+        return any(d["type"] == "ByteFallback" for d in self._decoders)
+
+    def _is_raw_byte(self, token: str) -> bool:
+        return self._has_byte_fallback and _BYTE_TOKEN.fullmatch(token) is not None
+
+    def _bytes(self, token: str) -> bytes:
+        """The decoder's work on one token, without what it does to a text's beginning or to whole words."""
+        for step in self._decoders:
+            kind = step["type"]
+            if kind == "ByteLevel":
+                try:
+                    return bytes([_BYTES[c] for c in token])
+                except KeyError:
+                    # A character outside the alphabet: such a token stands for itself.
+                    continue
+            if kind == "ByteFallback" and _BYTE_TOKEN.fullmatch(token):
+                return bytes([int(token[3:5], 16)])
+            if kind == "Metaspace":
+                token = token.replace(step["replacement"], " ")
+            elif kind == "Replace" and "String" in step["pattern"]:
+                token = token.replace(step["pattern"]["String"], step["content"])
+        return token.encode()
 
     def _text_of(self, token_id: int | None) -> str:
         return "" if token_id is None else str(self.backend.id_to_token(token_id) or "")

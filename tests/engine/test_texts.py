@@ -80,13 +80,11 @@ def test_a_stop_text_may_begin_before_the_least_number_of_tokens(tokenizer: Toke
 
 
 class Pieces:
-    """A tokenizer whose tokens have no bytes of their own: ids are bytes, and only a run of them is text."""
+    """A tokenizer whose tokens have no text of their own: ids are bytes, and only a run of them is text."""
 
     vocab_size = 256
+    is_byte_level = False
     special_ids: frozenset[int] = frozenset()
-
-    def token_bytes(self, token: int) -> bytes | None:
-        return None
 
     def is_byte_fallback(self, token: int) -> bool:
         return False

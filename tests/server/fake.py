@@ -23,6 +23,8 @@ class FakeTokenizer:
     bos_token = eos_token = ""
     special_ids: frozenset[int] = frozenset()
     vocab_size = 0x110000
+    is_byte_level = True
+    shared_ids: frozenset[int] = frozenset()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [ord(c) for c in text]
@@ -30,7 +32,7 @@ class FakeTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return "".join(map(chr, ids))
 
-    def token_bytes(self, token_id: int) -> bytes | None:
+    def token_bytes(self, token_id: int) -> bytes:
         return chr(token_id).encode()
 
 

@@ -23,10 +23,11 @@ from tests.tokenizer import small
 
 
 class Speaker(FakeEngine):
-    """Answers with ids that were laid down, through a real tokenizer."""
+    """Answers with ids that were laid down, through a real tokenizer; `top` are each one's rivals."""
 
-    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int], top: Sequence[int] = ()) -> None:
         super().__init__()
+        self.top = tuple(top)
         self.tokenizer = tokenizer  # type: ignore[assignment]
         self.ids = ids
 
@@ -40,7 +41,8 @@ class Speaker(FakeEngine):
         stream = RequestStream(request, text, self.tokenizer, lambda: 0.0, lambda choice: None)
         of_prompt = None if params.prompt_logprobs is None else (None, *[(-0.5, 1, (), ())] * (len(ids) - 1))
         for i in self.ids:
-            stream.take(StreamEvent("r", 0, i, logprobs=(-1.0, 1, (), ()), prompt_logprobs=of_prompt))
+            found = (-1.0, 1, self.top, tuple(-2.0 - k for k in range(len(self.top))))
+            stream.take(StreamEvent("r", 0, i, logprobs=found, prompt_logprobs=of_prompt))
             yield stream.output()
             if stream.finished:
                 return

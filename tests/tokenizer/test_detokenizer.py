@@ -134,7 +134,7 @@ def test_half_characters_are_held_back_where_tokens_are_decoded_together(tmp_pat
     backend = small.byte_level(247)
     backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("never there", "")])
     tokenizer = load_tokenizer(small.write_folder(tmp_path / "t", backend))
-    assert tokenizer.token_bytes(5) is None and not tokenizer.is_byte_fallback(5)
+    assert not tokenizer.is_byte_level and not tokenizer.is_byte_fallback(5)
     ids = tokenizer.encode("é🙂h")
     assert len(ids) == 7, "a token for each byte"
     assert stream(tokenizer, [], ids, True) == ["", "é", "", "", "", "🙂", "h", ""]

@@ -63,8 +63,8 @@ def read_header(path: Path) -> Header:
     """Parse and check the header; nothing else of the file is touched.
 
     Raises:
-        WeightError: not GGUF, another version or byte order, truncated, self-contradicting, or a tensor of a
-        type that is not in `SUPPORTED`.
+        WeightError: not GGUF, another version or byte order, truncated, self-contradicting, a key or a tensor
+        twice, or a tensor of a type that is not in `SUPPORTED`.
     """
     with path.open("rb") as f:
         magic = f.read(len(GGUF))
@@ -95,6 +95,8 @@ class _Cursor:
         metadata: dict[str, Any] = {}
         for _ in range(num_items):
             key = self._string()
+            if key in metadata:
+                raise WeightError(self._twice("metadata", key))
             metadata[key] = self._value(self._scalar("I"))
         found = [self._tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
@@ -104,10 +106,14 @@ class _Cursor:
         tensors: dict[str, TensorInfo] = {}
         for name, shape, kind, offset in found:
             if name in tensors:
-                raise WeightError(f"{self._path} has tensor {name!r} twice; convert the model again")
+                raise WeightError(self._twice("tensor", name))
             tensors[name] = self._check(name, shape, kind, start + offset)
         self._check_places(tensors, start, alignment)
         return Header(metadata, tensors)
+
+    def _twice(self, what: str, name: str) -> str:
+        # Readers differ in which of both they take.
+        return f"{self._path} has {what} {name!r} twice, but once is wanted; convert the model again"
 
     def _check_places(self, tensors: dict[str, TensorInfo], start: int, alignment: int) -> None:
         """Refuse tensors that share bytes, and bytes that belong to none and align nothing."""

@@ -22,6 +22,7 @@ from core.engine.config import EngineConfig
 from core.engine.engine import Engine
 from core.executor.rank import RankWorker
 from core.weights.checkpoint import open_checkpoint
+from core.weights.gguf_header import read_header
 from tests.models.conftest import tiny_folder
 
 from .raw import save
@@ -344,6 +345,17 @@ def moved(raw: bytes, place: Callable[[int], int]) -> bytes:
     return raw[:at] + offset.to_bytes(8, "little") + raw[at + 8 :]
 
 
+def noted(raw: bytes, *keys: bytes) -> bytes:
+    """The file with further metadata: a number for each of these keys of 16 letters."""
+    items = b"".join(
+        len(key).to_bytes(8, "little") + key + (4).to_bytes(4, "little") + key[-4:] for key in keys
+    )
+    count = int.from_bytes(raw[16:24], "little") + len(keys)
+    # 32 bytes each, so that the tensors stay aligned.
+    return raw[:16] + count.to_bytes(8, "little") + items + raw[24:]
+
+
+K, V = b"blk.0.attn_k.weight", b"blk.0.attn_v.weight"
 GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "truncated": (lambda raw: raw[:-100], "truncated"),
     "half a header": (lambda raw: raw[:200], "truncated"),
@@ -353,6 +365,14 @@ GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "overlap": (lambda raw: moved(raw, lambda offset: 0), "begins at byte .*: it shares bytes with tensor"),
     "gap": (lambda raw: moved(raw, lambda offset: offset + 32), "begins at byte .*: it does not follow"),
     "unaligned": (lambda raw: moved(raw, lambda offset: offset + 3), "begins at byte"),
+    "metadata twice": (
+        lambda raw: noted(raw, b"general.number_a", b"general.number_a"),
+        r"m\.gguf has metadata 'general.number_a' twice, but once is wanted",
+    ),
+    "tensor twice": (
+        lambda raw: raw.replace(K, V),
+        r"m\.gguf has tensor 'blk.0.attn_v.weight' twice, but once is wanted",
+    ),
     "metadata count": (lambda raw: raw[:16] + (2**60).to_bytes(8, "little") + raw[24:], r"m\.gguf"),
 }
 
@@ -368,6 +388,16 @@ def test_a_broken_gguf_file_is_refused_before_the_device_is_opened(
     with pytest.raises(WeightError, match=words) as caught:
         start(path)
     assert str(path) in str(caught.value) and not spy.workers
+
+
+def test_metadata_that_nothing_reads_is_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write(path)
+    names = read_header(path).tensors.keys()
+    path.write_bytes(noted(path.read_bytes(), b"general.number_a", b"general.number_b"))
+    found = read_header(path)
+    assert {"general.number_a", "general.number_b"} <= found.metadata.keys()
+    assert found.tensors.keys() == names
 
 
 def test_reading_headers_touches_no_tensor(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -43,15 +42,7 @@ def _target(
         if not equals:
             raise ConfigError(f"--option {option!r} is not NAME=VALUE")
         given[name] = value
-    subject = Subject.of(Target(backend, dtype, device, given, constraints=constraints))
-    if dtype == "auto":
-        target = replace(subject.target, dtype=subject.spec.dtypes[0])
-        subject = Subject(target, subject.handle, subject.watch)
-    elif dtype not in subject.spec.dtypes:
-        raise ConfigError(
-            f"dtype is {dtype!r}, but backend {backend!r} declares {', '.join(subject.spec.dtypes)}"
-        )
-    return subject
+    return Subject.declared(Target(backend, dtype, device, given, constraints=constraints))
 
 
 def _end(code: int, message: str) -> NoReturn:
@@ -331,6 +322,7 @@ def alarms(
     seeds: Annotated[int, typer.Option(min=1, help="seeds 0 to N - 1")] = 1,
     level: Levels = "L1..L2",
     backend: Annotated[list[str] | None, typer.Option(help="a clean backend; may be repeated")] = None,
+    dtype: Dtype = "float32",
     shard: Annotated[str, typer.Option(help="i/n")] = "1/1",
     resume: Resume = False,
     known: Others = None,
@@ -349,8 +341,10 @@ def alarms(
         parse_levels(level)
         before = resumed(Alarms, _files(known, resume, out))
         clean = backend or ["cpu_reference"]
-        found = all_alarms(clean, seeds, level, parse_shard(shard), before, jobs, keep)
-    except ConfigError as error:
+        found = all_alarms(clean, dtype, seeds, level, parse_shard(shard), before, jobs, keep)
+    except BackendMissing as error:
+        _end(NO_DEVICE, str(error))
+    except CoreError as error:
         _end(USAGE, str(error))
     keep(found)
     false = sum(len(one.alarms) for one in found)

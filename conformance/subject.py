@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from core.contract.errors import PluginError
+from core.contract.errors import ConfigError, PluginError
 from core.contract.interfaces import Device
 from core.contract.requests import (
     ConformanceExtras,
@@ -94,6 +94,24 @@ class Subject:
         from conformance.constraints.wrap import constrained
 
         return cls(target, *constrained(subject.handle, target.constraints))
+
+    @classmethod
+    def declared(cls, target: Target) -> Subject:
+        """As `of`, with a dtype that the backend declares: "auto" becomes its first.
+
+        Raises:
+            BackendMissing, BackendRefused: as these say. ConfigError: it declares no such dtype, or there are
+            no such constraints.
+        """
+        subject = cls.of(target)
+        dtypes = subject.spec.dtypes
+        if target.dtype == "auto":
+            return cls(replace(target, dtype=dtypes[0]), subject.handle, subject.watch)
+        if target.dtype not in dtypes:
+            raise ConfigError(
+                f"dtype is {target.dtype!r}, but backend {target.backend!r} declares {', '.join(dtypes)}"
+            )
+        return subject
 
     @classmethod
     def _load(cls, target: Target) -> Subject:

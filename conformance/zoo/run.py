@@ -132,7 +132,11 @@ def hunt_all(
 
 @dataclass(frozen=True)
 class Alarms:
-    """A run of a backend that is right: how many checks it had, and which of them did not pass."""
+    """A run of a backend that is right: how many checks it had, and which of them did not pass.
+
+    Attributes:
+        dtype: compute dtype. Results that were written without one are of float32.
+    """
 
     backend: str
     seed: int
@@ -140,6 +144,7 @@ class Alarms:
     checks: int
     alarms: tuple[str, ...]
     seconds: float
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "alarms", tuple(self.alarms))
@@ -157,12 +162,33 @@ def alarms_of(target: Target, seed: int, levels: str, jobs: int) -> Alarms:
     start = time.monotonic()
     run_all(checks, Setup(target, seed), found.append, jobs)
     bad = tuple(sorted(f"{r.id}: {r.message}" for r in found if not Status(r.status).is_good))
-    name = f"{target.backend}{f', {target.fault}'.rstrip(':') if target.fault else ''}"
-    return Alarms(name, seed, levels, len(found), bad, time.monotonic() - start)
+    seconds = time.monotonic() - start
+    return Alarms(_name(target), seed, levels, len(found), bad, seconds, target.dtype)
+
+
+def _name(target: Target) -> str:
+    return f"{target.backend}{f', {target.fault}'.rstrip(':') if target.fault else ''}"
+
+
+def clean_targets(backends: Sequence[str], dtype: str) -> list[Target]:
+    """Clean backends in a dtype, and the reference under every legal change where it declares that dtype;
+    "auto" is each one's first.
+
+    Raises:
+        BackendMissing, BackendRefused: as these say. ConfigError: a clean backend declares no such dtype.
+    """
+    clean = [Subject.declared(Target(name, dtype)).target for name in backends]
+    has = Subject.of(Target(BASE)).spec.dtypes
+    if dtype not in ("auto", *has):
+        print(f"{BASE} declares {', '.join(has)}: without its legal changes in {dtype}", flush=True)
+        return clean
+    legal = [Target(BASE, dtype, fault=f"{change.name}:") for change in LEGAL]
+    return clean + [Subject.declared(target).target for target in legal]
 
 
 def all_alarms(
     backends: Sequence[str],
+    dtype: str,
     seeds: int,
     levels: str,
     shard: tuple[int, int] = (1, 1),
@@ -170,24 +196,24 @@ def all_alarms(
     jobs: int = 2,
     keep: Callable[[Sequence[Alarms]], None] = lambda found: None,
 ) -> list[Alarms]:
-    """Clean backends, and the reference under every legal change, over seeds: the runs of a shard, and all
-    that are `known`, which are not done again. Shows each as it ends.
+    """Those of `clean_targets` over seeds: the runs of a shard, and all that are `known`, which are not done
+    again. Shows each as it ends.
 
     Args:
         jobs: workers of a run. keep: is given what is found so far, after each.
     """
-    targets = [Target(name) for name in backends] + [Target(BASE, fault=f"{v.name}:") for v in LEGAL]
-    done = {(a.backend, a.seed, a.levels): a for a in known}
+    targets = clean_targets(backends, dtype)
+    done = {(a.backend, a.dtype, a.seed, a.levels): a for a in known}
     found = {}
     for i, (seed, target) in enumerate((seed, target) for seed in range(seeds) for target in targets):
-        name = f"{target.backend}{f', {target.fault}'.rstrip(':') if target.fault else ''}"
-        key = (name, seed, levels)
+        name = _name(target)
+        key = (name, target.dtype, seed, levels)
         if key in done:
             found[key] = done[key]
         elif i % shard[1] == shard[0] - 1:
             one = found[key] = alarms_of(target, seed, levels, jobs)
             text = f"{len(one.alarms)} alarms in {one.checks} checks, {one.seconds:.1f} s"
-            print(f"seed {seed:>2} {name:<40} {text}", flush=True)
+            print(f"seed {seed:>2} {name:<40} {target.dtype:<8} {text}", flush=True)
             for alarm in one.alarms:
                 print(f"  {alarm}", flush=True)
             keep(list(found.values()))

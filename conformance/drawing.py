@@ -78,7 +78,7 @@ class Drawer:
         table = PackRequest(array=logits, uses=("embed",), dtype="float32", name="logits")
 
         def fn(ops: Any, weights: Any, caches: Any, step: Any) -> Any:
-            return ops.take(ops.embed(weights[0], step.token_ids), step.sample_rows), caches
+            return ops.take(ops.embed(weights[0], ops.select_tokens(step)), step.sample_rows), caches
 
         self._program = hooks.compile(
             CompileRequest(
@@ -94,18 +94,34 @@ class Drawer:
             )
         )
 
-    def draw(self, which: npt.NDArray[np.int32], sampling: SamplingBatch) -> SampledTokens:
-        """A token for each of n <= `rows` rows, whose logits are the table's rows `which` [n]."""
+    def draw(
+        self,
+        which: npt.NDArray[np.int32],
+        sampling: SamplingBatch,
+        sources: npt.NDArray[np.int32] | None = None,
+        is_one_call: bool = False,
+    ) -> SampledTokens:
+        """A token for each of n <= `rows` rows, whose logits are the table's rows `which` [n].
+
+        Args:
+            sources: int32 [n]: request slots whose newest token stands in the place of `which`; row i's token
+                goes to slot i. is_one_call: run and sample by `run_and_sample`.
+        """
         n = len(which)
         flat = np.zeros(self._layout.size, np.int32)
         self._layout.clear(flat)
         views = self._layout.views(flat)
         views["token_ids"][:n] = which
+        if sources is not None:
+            views["token_source"][:n] = sources
         views["seq_lens"][:n] = 1
         views["request_slots"][:n] = views["sample_rows"][:n] = views["sample_slots"][:n] = np.arange(n)
         views["counts"][:] = n, n, n, n
         batch = StepBatch(0, self._layout, self._plan, flat, n, n, n, n)
-        output, self._state = self._program.run(batch, self._state)
-        tokens, self._state = self._program.sample(output, batch, sampling, self._state)
+        if is_one_call:
+            tokens, self._state = self._program.run_and_sample(batch, sampling, self._state)
+        else:
+            output, self._state = self._program.run(batch, self._state)
+            tokens, self._state = self._program.sample(output, batch, sampling, self._state)
         found: SampledTokens = tokens.get()
         return found

@@ -13,6 +13,7 @@ from conformance.check import Check, Context
 from conformance.drawing import Draw, Drawer, Float32, batch_of
 from conformance.levels.sampling import P
 from core.contract.spec import BackendSpec
+from core.contract.types import SamplingBatch
 from core.sampling.reference import gumbel_rows, sample
 
 ENDS = {
@@ -103,26 +104,41 @@ def log_probabilities(context: Context, vocab: int, most: int, ask: str) -> None
         context.within(one[asks], other[asks], 2e-5 * np.abs(other[asks]) + 2e-5, what)
 
 
-def not_a_number(context: Context, temperature: float, kind: str) -> None:
+TEMPERATURES = {"greedy": (0.0,), "drawn": (1.0,), "mixed": (0.0, 1.0)}
+"""Of rows, in turn."""
+SPOILED = (1, 3, 4, 6)
+"""Rows whose largest logit is no finite number."""
+BAD = 40
+"""The id that spoils most of them."""
+
+
+def _spoiled(context: Context, rows: int, vocab: int) -> Float32:
+    """Logits [rows, V], of which those of `SPOILED` hold a NaN, an infinity, -inf alone, and NaN alone."""
+    logits: Float32 = context.rng().normal(size=(rows, vocab)).astype(np.float32)
+    logits[1, BAD], logits[3, BAD], logits[4], logits[6] = np.nan, np.inf, -np.inf, np.nan
+    logits[5, BAD] = -np.inf  # an id that cannot be drawn spoils nothing
+    return logits
+
+
+def not_a_number(context: Context, mix: str, kind: str) -> None:
     """Rows whose largest logit is no finite number draw -1 and report nothing; their neighbours do not mind.
 
     Args:
         kind: "plain" rows; "cut", where the id that spoils a row is not even allowed; "told", with the five
             most likely ids; "ranked", with what is reported of the token alone.
     """
-    vocab, rows, bad = 65, 7, 40
-    logits: Float32 = context.rng().normal(size=(rows, vocab)).astype(np.float32)
-    logits[1, bad], logits[3, bad], logits[4, :] = np.nan, np.inf, -np.inf
-    logits[5, bad] = -np.inf  # an id that cannot be drawn spoils nothing
-    allowed = tuple(range(bad)) if kind == "cut" else None
+    vocab, rows = 65, 8
+    logits = _spoiled(context, rows, vocab)
+    allowed = tuple(range(BAD)) if kind == "cut" else None
     most = {"told": 5, "ranked": 0}.get(kind)
-    params = P(temperature=temperature, allowed_token_ids=allowed, logprobs=most)
-    draws = [Draw(params, context.seed + i) for i in range(rows)]
+    params = [P(temperature=t, allowed_token_ids=allowed, logprobs=most) for t in TEMPERATURES[mix]]
+    draws = [Draw(params[i % len(params)], context.seed + i) for i in range(rows)]
     batch = batch_of(draws, vocab)
     found = Drawer(context.subject, logits, rows).draw(np.arange(rows, dtype=np.int32), batch)
     wanted = sample(logits, batch)
-    spoiled: npt.NDArray[np.bool_] = np.isin(np.arange(rows), (1, 3, 4))
-    context.equal(np.asarray(found.tokens)[spoiled], np.full(3, -1), "tokens of rows without a finite logit")
+    spoiled: npt.NDArray[np.bool_] = np.isin(np.arange(rows), SPOILED)
+    nothing = np.full(len(SPOILED), -1)
+    context.equal(np.asarray(found.tokens)[spoiled], nothing, "tokens of rows without a finite logit")
     context.equal(found.tokens, wanted.tokens, "tokens")
     if most is not None:
         context.require(
@@ -132,6 +148,29 @@ def not_a_number(context: Context, temperature: float, kind: str) -> None:
         context.equal(np.asarray(found.top_ids)[~spoiled], wanted.top_ids[~spoiled], "most likely ids")
         context.require(bool(np.isnan(found.logprobs[spoiled]).all()), "spoiled rows get log-probabilities")
         context.require(not np.isnan(found.logprobs[~spoiled]).any(), "other rows get none")
+
+
+def after_no_number(context: Context, mix: str) -> None:
+    """A step submitted meanwhile gets id 0 for a row that drew nothing, and for other rows what they drew."""
+    vocab, rows = 65, 8
+    logits = _spoiled(context, vocab, vocab)
+    # What follows id 0, and what would follow the last id or one that was there before.
+    logits[0, 9] = logits[-1, 11] = logits[11, 12] = 80.0
+    which = np.arange(rows, dtype=np.int32)
+
+    def batch(position: int) -> SamplingBatch:
+        temperatures = TEMPERATURES[mix]
+        kinds = [P(temperature=temperatures[i % len(temperatures)]) for i in range(rows)]
+        return batch_of([Draw(kind, context.seed + i, position) for i, kind in enumerate(kinds)], vocab)
+
+    drawer = Drawer(context.subject, logits, rows)
+    before = drawer.draw(np.full(rows, vocab - 1, np.int32), batch(2)).tokens
+    context.equal(before, np.full(rows, 11), "tokens before")
+    first = sample(logits[:rows], batch(3)).tokens
+    context.equal(drawer.draw(which, batch(3), is_one_call=True).tokens, first, "tokens")
+    fed = drawer.draw(which, batch(4), sources=which).tokens
+    wanted = sample(logits[np.maximum(first, 0)], batch(4)).tokens
+    context.equal(fed, wanted, "tokens of the next step, fed from `last`")
 
 
 def checks(spec: BackendSpec) -> Iterator[Check]:
@@ -152,6 +191,10 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
     yield Check("L2/sampling/log-probabilities-none", run, "a batch in which no row asks is drawn as any")
     about = "a row whose largest logit is no finite number draws -1, and spoils no other"
     for kind in ("plain", "cut", "told", "ranked"):
-        for name, temperature in (("greedy", 0.0), ("drawn", 1.0)):
-            run = partial(not_a_number, temperature=temperature, kind=kind)
-            yield Check(f"L2/sampling/not-a-number-{kind}-{name}", run, about, is_waivable=False)
+        for mix in TEMPERATURES:
+            run = partial(not_a_number, mix=mix, kind=kind)
+            yield Check(f"L2/sampling/not-a-number-{kind}-{mix}", run, about, is_waivable=False)
+    about = "after a row that drew nothing, `last` has id 0 for it, and its own token for every other"
+    for mix in TEMPERATURES:
+        run = partial(after_no_number, mix=mix)
+        yield Check(f"L2/sampling/after-not-a-number-{mix}", run, about, is_waivable=False)

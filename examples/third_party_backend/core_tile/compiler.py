@@ -62,7 +62,8 @@ class TileProgram:
         if batch.bucket.outputs.all_logits:
             logits = logits[batch.sample_rows[:n]]
         sampled = self._request.reference_sampler(logits, sampling)
-        state.last[batch.sample_slots[:n]] = sampled.tokens
+        # A row that drew nothing has token -1; what follows it needs an id all the same.
+        state.last[batch.sample_slots[:n]] = np.maximum(sampled.tokens, 0)
         return Done(sampled), state
 
     def run_and_sample(self, batch: StepBatch, sampling: SamplingBatch, state: State) -> tuple[Done, State]:

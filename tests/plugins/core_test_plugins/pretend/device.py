@@ -228,7 +228,8 @@ class PretendProgram:
             logits = logits[batch.sample_rows[:n]]
         sampled: SampledTokens = self._request.reference_sampler(logits, sampling)
         slots = to_device(torch.from_numpy(batch.sample_slots[:n].astype(np.int64)))
-        state.last.index_copy_(0, slots, to_device(torch.from_numpy(np.asarray(sampled.tokens, np.int32))))
+        ids = np.maximum(np.asarray(sampled.tokens, np.int32), 0)
+        state.last.index_copy_(0, slots, to_device(torch.from_numpy(ids)))
         return Ready(sampled), State(*state)
 
     def run_and_sample(

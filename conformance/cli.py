@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from conformance.status import EXIT_MEANING, FAILURES, MISMATCH, NO_DEVICE, USAGE
+from conformance.status import EMPTY, EXIT_MEANING, FAILURES, MISMATCH, NO_DEVICE, USAGE
 from conformance.subject import BackendMissing, BackendRefused, Subject, Target
 from core.contract.errors import ConfigError, CoreError
+
+if TYPE_CHECKING:
+    from conformance.report import Report
 
 Resume = Annotated[bool, typer.Option(help="go on from --out")]
 Others = Annotated[list[Path] | None, typer.Option("--from", help="a file of another shard; may be repeated")]
@@ -58,13 +62,21 @@ def _files(known: Sequence[Path] | None, resume: bool, out: Path | None) -> list
 def _seed(text: str) -> int:
     if text == "auto":
         return secrets.randbits(64)
+    if not re.fullmatch("[0-9A-Fa-f]{1,16}", text):
+        raise ConfigError(f"--seed is {text!r}; give auto or up to 16 hexadecimal digits")
+    return int(text, 16)
+
+
+def _read(path: Path, code: int) -> Report:
+    """A report, or the end with this exit status."""
+    from conformance.reading import from_json
+
     try:
-        seed = int(text, 16)
-    except ValueError:
-        raise ConfigError(f"--seed is {text!r}; give auto or up to 16 hexadecimal digits") from None
-    if not 0 <= seed < 2**64:
-        raise ConfigError(f"--seed {text!r} has more than 64 bits; give up to 16 hexadecimal digits")
-    return seed
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        _end(code, f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); give a report.json")
+    except ConfigError as error:
+        _end(code, str(error))
 
 
 @app.command()
@@ -75,7 +87,7 @@ def run(
         str, typer.Option(help="profiles, separated by commas; each must be supported whole")
     ] = "",
     dtype: Dtype = "float32",
-    device: Annotated[int, typer.Option(help="index of the device")] = 0,
+    device: Annotated[int, typer.Option(min=0, help="index of the device")] = 0,
     option: Options = None,
     seed: Annotated[str, typer.Option(help="auto, or up to 16 hexadecimal digits")] = "auto",
     shard: Annotated[str, typer.Option(help="i/n: this part of n of the checks")] = "1/1",
@@ -173,14 +185,17 @@ def explain(check_id: str, backend: Backend = "cpu_reference") -> None:
     """What a check does, what it needs, and where it is written."""
     from conformance.catalogue import catalogue_of
 
-    subject = Subject.of(Target(backend))
+    try:
+        subject = Subject.of(Target(backend))
+    except BackendMissing as error:
+        _end(NO_DEVICE, str(error))
     found = {check.id: check for check in catalogue_of(subject, 0)}
     if check_id not in found:
         import difflib
 
         near = difflib.get_close_matches(check_id, found, n=1)
         hint = f"; nearest is {near[0]}" if near else ""
-        _end(USAGE, f"there is no check {check_id!r} for backend {backend!r}{hint}")
+        _end(USAGE, f"there is no check {check_id!r} for backend {backend!r} (--backend){hint}")
     check = found[check_id]
     run = getattr(check.run, "func", check.run)
     code = run.__code__
@@ -198,14 +213,10 @@ def repro(
 ) -> None:
     """Run one check of a report again, here, with the same seed and options."""
     from conformance.catalogue import catalogue_of
-    from conformance.report import from_json
     from conformance.status import Status
     from conformance.worker import run_check
 
-    try:
-        found = from_json(report.read_text(encoding="utf-8"), str(report))
-    except (OSError, ConfigError) as error:
-        _end(USAGE, str(error))
+    found = _read(report, MISMATCH)
     facts = found.run
     target = Target(
         found.backend["target"],
@@ -237,32 +248,35 @@ def merge(
     reports: list[Path], out: Annotated[Path, typer.Option(help="folder of the merged report")]
 ) -> None:
     """One report of all shards of a run."""
-    from conformance.report import from_json, write
-    from conformance.report import merge as merged
+    from conformance.reading import merge as merged
+    from conformance.report import write
 
+    if any(path.resolve().parent == out.resolve() for path in reports):
+        _end(USAGE, f"--out {out} holds one of the shards, which would be lost; choose another folder")
     try:
-        found = [from_json(path.read_text(encoding="utf-8"), str(path)) for path in reports]
-        whole = merged(found, [str(path) for path in reports])
-    except (OSError, ConfigError) as error:
+        whole = merged([_read(path, MISMATCH) for path in reports], [str(path) for path in reports])
+    except ConfigError as error:
         _end(MISMATCH, str(error))
-    write(whole, out)
+    try:
+        write(whole, out)
+    except OSError as error:
+        _end(USAGE, f"--out {out} cannot be written ({error.strerror}); choose a folder")
     typer.echo(f"{whole.verdict}\n{out}")
     raise typer.Exit(whole.exit_code)
 
 
 @app.command()
 def verify(report: Path) -> None:
-    """Hold a report against its schema, its hash and its own figures."""
-    from conformance.report import from_json, validate
+    """Hold a report against its schema, its hash and its own figures. A part of a run ends with status 5."""
+    from conformance.reading import validate
 
+    found = _read(report, MISMATCH)
     try:
-        text = report.read_text(encoding="utf-8")
-        found = from_json(text, str(report))
-        validate(text, str(report))
-    except (OSError, ConfigError) as error:
+        validate(report.read_text(encoding="utf-8"), str(report))
+    except ConfigError as error:
         _end(MISMATCH, str(error))
     typer.echo(found.verdict)
-    raise typer.Exit(found.exit_code)
+    raise typer.Exit(found.exit_code or (EMPTY if found.part else 0))
 
 
 @app.command()
@@ -270,12 +284,9 @@ def badge(
     report: Path, out: Annotated[Path | None, typer.Option(help="file; otherwise printed")] = None
 ) -> None:
     """A badge of a report, as SVG."""
-    from conformance.report import from_json, to_badge
+    from conformance.report import to_badge
 
-    try:
-        svg = to_badge(from_json(report.read_text(encoding="utf-8"), str(report)))
-    except (OSError, ConfigError) as error:
-        _end(MISMATCH, str(error))
+    svg = to_badge(_read(report, MISMATCH))
     if out is None:
         sys.stdout.write(svg)
     else:

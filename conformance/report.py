@@ -8,7 +8,7 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -19,14 +19,15 @@ from xml.etree import ElementTree
 from conformance import SUITE
 from conformance.catalogue import LEVELS
 from conformance.check import Check, Result, check_seed
-from conformance.execution import EXECUTIONS, execution_of
-from conformance.status import EMPTY, EXIT_MEANING, Status, exit_code
+from conformance.execution import execution_of
+from conformance.status import CONFORMS, EMPTY, EXIT_MEANING, Status, exit_code
 from conformance.subject import Subject, Target
 from core.contract import CONTRACT
-from core.contract.errors import ConfigError
 from core.contract.types import DeviceInfo, Execution
 
 SCHEMA = 2
+OF_WAIVER = "waiver-"
+"""How the name of a result begins that says what is wrong with a waiver."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,37 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """One line. A run of a part of the checks says so, and never that the backend conforms."""
         meaning = EXIT_MEANING[self.exit_code]
+        if self.part and self.exit_code == CONFORMS:
+            meaning = "nothing is wrong in this part"
         counts = ", ".join(f"{n} {status}" for status, n in sorted(self.counts.items()))
         levels = f"{self.run['levels_text']}{f' {self.emulated}' if self.emulated else ''}"
+        if self.part:
+            levels = f"a part of {levels} ({self.part})"
         name = f"{self.backend['name']} ({self.execution})"
-        return f"{name}, {levels}: {meaning} ({counts or 'no checks'})"
+        absent = ", ".join(f"L{level}" for level in self.without_case())
+        absent = f"; no case for this backend: {absent}" if absent else ""
+        return f"{name}, {levels}: {meaning} ({counts or 'no checks'}{absent})"
+
+    @property
+    def part(self) -> str:
+        """What was left out of the levels, in words; "" for a whole run."""
+        shard = self.run["shard"]
+        named = {
+            "--only": self.run["only"],
+            "--profile": ",".join(self.run["profiles"]),
+            "shard": f"{shard[0]}/{shard[1]}" if shard[1] > 1 else "",
+        }
+        return ", ".join(f"{name} {text}" for name, text in named.items() if text)
+
+    def without_case(self) -> tuple[int, ...]:
+        """Levels of which every check needs what the backend does not declare, or which have none."""
+        return tuple(
+            level
+            for level, counts in sorted(self.by_level().items())
+            if not set(counts) - {Status.NOT_SUPPORTED}
+        )
 
     @property
     def execution(self) -> Execution:
@@ -95,6 +121,16 @@ class Report:
 def digest(value: object) -> str:
     """Hash of a value's JSON, keys sorted."""
     return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def ids_digest(ids: Iterable[str]) -> str:
+    """Hash of a set of ids of checks. What a waiver brought into a report is no check."""
+    return digest(sorted(i for i in ids if not is_of_waiver(i)))
+
+
+def is_of_waiver(check_id: str) -> bool:
+    """Whether a result says what is wrong with a waiver."""
+    return check_id.rpartition("/")[2].startswith(OF_WAIVER)
 
 
 def suite_facts(checks: Iterable[Check]) -> dict[str, Any]:
@@ -167,10 +203,12 @@ def run_facts(
     only: str = "",
     profiles: Sequence[str] = (),
     checks: Iterable[Check] | None = None,
+    ids: Iterable[str] = (),
 ) -> dict[str, Any]:
     """What was asked for.
 
     Args:
+        ids: of the checks that all shards of the run take together.
         kept: rules of the backend's that the constraints could not replace.
         only, profiles: what was left out of the levels.
         checks: those that the levels have where nothing is left out; their count tells a part from the whole.
@@ -183,6 +221,7 @@ def run_facts(
         "checks": {} if checks is None else {f"L{level}": numbers[level] for level in levels},
         "only": only,
         "profiles": list(profiles),
+        "ids_sha256": ids_digest(ids),
         "seed": f"{seed:016x}",
         "dtype": target.dtype,
         "device": target.index,
@@ -212,7 +251,7 @@ def of_refused(target: Target, levels: Sequence[int], seed: int, reason: str) ->
             "spec": {},
         },
         environment=environment_facts(None),
-        run=run_facts(levels, seed, (1, 1), target, True, datetime.now(UTC)),
+        run=run_facts(levels, seed, (1, 1), target, True, datetime.now(UTC), ids=(first,)),
         results=(Result(first, Status.FAIL.value, reason, 0.0, check_seed(seed, first)),),
     )
 
@@ -224,11 +263,11 @@ def levels_text(levels: Sequence[int]) -> str:
     return ",".join(f"L{level}" for level in levels)
 
 
-# Reading and writing
+# Writing
 
 
 def to_json(report: Report) -> str:
-    """The report as text; `from_json` reads it."""
+    """The report as text; `conformance.reading` reads it."""
     found = asdict(report)
     found["summary"] = {
         "counts": dict(sorted(report.counts.items())),
@@ -237,109 +276,6 @@ def to_json(report: Report) -> str:
     }
     found["sha256"] = digest(found)
     return json.dumps(found, indent=1, sort_keys=True, default=str)
-
-
-def from_json(text: str, source: str) -> Report:
-    """Read a report and hold it against its hash and its own statuses.
-
-    Raises:
-        ConfigError: it is no report, of another schema, or was changed.
-    """
-    try:
-        found = json.loads(text)
-        claimed = found.pop("sha256")
-        if found["schema"] != SCHEMA:
-            raise ConfigError(
-                f"{source} has schema {found['schema']}, but this suite reads {SCHEMA}, which tells how the "
-                f"backend ran ({', '.join(EXECUTIONS)}); run it again"
-            )
-        if digest(found) != claimed:
-            raise ConfigError(
-                f"{source} was changed after it was written: its hash does not fit; run it again"
-            )
-        summary = found.pop("summary")
-        results = tuple(Result(**result) for result in found.pop("results"))
-        report = Report(results=results, **{**found, "waivers": tuple(found["waivers"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{source} is no conformance report ({type(error).__name__}: {error})") from None
-    if summary["exit_code"] != report.exit_code:
-        raise ConfigError(
-            f"{source} says exit code {summary['exit_code']}, its results say {report.exit_code}"
-        )
-    if (told := report.environment.get("execution")) not in EXECUTIONS:
-        raise ConfigError(
-            f"{source} does not tell how the backend ran: its execution is {told!r}, and one of "
-            f"{', '.join(EXECUTIONS)} is wanted; run it again"
-        )
-    if summary["counts"] != report.counts or report.backend["spec_sha256"] != digest(report.backend["spec"]):
-        raise ConfigError(f"{source} has counts or a hash of the spec that do not fit the rest; run it again")
-    return report
-
-
-def validate(text: str, source: str) -> None:
-    """Hold a report against the schema of its form.
-
-    Raises:
-        ConfigError: it does not fit; names the place.
-    """
-    try:
-        import jsonschema
-    except ImportError:
-        raise ConfigError("verifying needs jsonschema; install core[conformance]") from None
-    schema = json.loads((Path(__file__).parent / "report.schema.json").read_text(encoding="utf-8"))
-    try:
-        jsonschema.validate(json.loads(text), schema)
-    except (ValueError, jsonschema.ValidationError) as error:
-        place = "/".join(map(str, getattr(error, "absolute_path", ())))
-        what = getattr(error, "message", error)
-        raise ConfigError(
-            f"{source} does not fit the schema of reports at {place or 'its top'}: {what}"
-        ) from None
-
-
-_SAME = ("levels", "checks", "only", "profiles", "seed", "dtype", "options", "fault", "quick")
-"""Facts of a run that all its shards share."""
-
-
-def merge(reports: Sequence[Report], sources: Sequence[str]) -> Report:
-    """One report of all shards of a run.
-
-    Raises:
-        ConfigError: they are not shards of one run, one is there twice, or one is missing.
-    """
-    first = reports[0]
-
-    def kind(report: Report) -> tuple[object, ...]:
-        run = {k: report.run[k] for k in _SAME}
-        run["constraints"] = report.run.get("constraints", "")
-        where = report.execution, report.environment["commit"]
-        return (
-            digest(report.suite),
-            report.backend["spec_sha256"],
-            digest(run),
-            where,
-            report.run["shard"][1],
-        )
-
-    for report, source in zip(reports, sources, strict=True):
-        if kind(report) != kind(first):
-            raise ConfigError(
-                f"{source} and {sources[0]} are not shards of one run: suite, spec, options, commit or "
-                "execution differ"
-            )
-    shards = [report.run["shard"][0] for report in reports]
-    count = first.run["shard"][1]
-    if sorted(shards) != list(range(1, count + 1)):
-        raise ConfigError(f"shards {sorted(shards)} of {count} were given; every one is wanted, once")
-    results: dict[str, Result] = {}
-    for report in reports:
-        for result in report.results:
-            old = results.get(result.id)
-            # Level 0 is in each shard; the worst that was seen counts.
-            if old is None or (Status(old.status).is_good and not Status(result.status).is_good):
-                results[result.id] = result
-    ordered = tuple(sorted(results.values(), key=lambda r: (int(r.id[1]), r.id)))
-    return replace(first, results=ordered, run={**first.run, "shard": [1, 1], "merged": count})
 
 
 def to_junit(report: Report) -> str:
@@ -453,13 +389,17 @@ def badge_text(report: Report) -> str:
     if name := report.run.get("constraints", ""):
         outcome = "pass" if report.exit_code == 0 else "none"
         return f"conformance {report.suite['version']} · {name} rules · emulated · {outcome}"
-    reached = -1
+    if report.part:
+        return f"conformance {report.suite['version']} · none · a part of the checks"
+    reached, absent = -1, report.without_case()
     for level, counts in sorted(report.by_level().items()):
-        if level != reached + 1 or not counts[Status.PASS]:
-            break
         if any(not Status(status).is_good for status in counts):
             break
-        reached = level
+        # A level that has no case for the backend is stepped over, and is no grade.
+        if level not in absent:
+            reached = level
+        elif level == 0:
+            break
     grade = f"L{reached}" if reached >= 0 else "none"
     waived = report.counts[Status.WAIVED]
     how = "" if report.execution == "native" else f"{report.execution} · "

@@ -98,10 +98,10 @@ class Worker:
         if process.poll() is None:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(2)
-        self._kill()
+        self.kill()
         self._log.close()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         """End the worker and whatever it has started, which is in its session."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -122,7 +122,7 @@ class Worker:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._rest:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
-                    self._kill()
+                    self.kill()
                     message = f"no answer in {timeout_s:g} s ({what}); its worker was killed"
                     raise WorkerLost(Status.TIMEOUT, message, self._tail())
                 piece = os.read(self._process.stdout.fileno(), 1 << 16)
@@ -170,20 +170,28 @@ def run_all(
     for check in checks:
         waiting.put(check)
     lock = threading.Lock()
+    is_ended = threading.Event()
+    workers: set[Worker] = set()
 
     def tell(result: Result) -> None:
         with lock:
-            report(result)
+            if not is_ended.is_set():
+                report(result)
+
+    def new() -> Worker:
+        worker = Worker(setup, time_factor)
+        workers.add(worker)
+        return worker
 
     def work() -> None:
         worker: Worker | None = None
         try:
-            while not should_stop():
+            while not (should_stop() or is_ended.is_set()):
                 try:
                     check = waiting.get_nowait()
                 except queue.Empty:
                     return
-                worker = run_one(check, worker, lambda: Worker(setup, time_factor), setup.seed, tell)
+                worker = run_one(check, worker, new, setup.seed, tell)
         finally:
             if worker is not None:
                 worker.close()
@@ -191,8 +199,17 @@ def run_all(
     threads = [threading.Thread(target=work, name=f"conformance-{i}") for i in range(max(1, jobs))]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        # What was interrupted counts as not run, and nobody waits for it.
+        is_ended.set()
+        for worker in list(workers):
+            worker.kill()
+        for thread in threads:
+            thread.join()
+        raise
 
 
 def run_one(

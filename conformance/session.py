@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import re
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from conformance import report as reports
-from conformance.catalogue import LEVELS, catalogue_of, lacking, parse_levels, parse_shard, select
+from conformance.catalogue import (
+    LEVELS,
+    catalogue_of,
+    in_shard,
+    lacking,
+    parse_levels,
+    parse_shard,
+    select,
+)
 from conformance.check import Check, Result, check_seed
 from conformance.report import Report
 from conformance.runner import in_order, open_device_info, run_all
@@ -26,6 +39,7 @@ PROFILES = ("dense", "moe", "latent", "state", "multi-device")
 PERFORMANCE = 7
 """The level whose checks run one at a time: a neighbour would slow them."""
 _LINES = "results.jsonl"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,41 +84,70 @@ class Session:
             raise ConfigError(f"profile {unknown[0]!r} is not known; known are {', '.join(PROFILES)}")
         if not 0 < request.time_factor < 1e6:
             raise ConfigError(f"--time-factor is {request.time_factor:g}; a number above 0 is wanted")
+        if self._shard[1] > 1 and request.seed is None and not request.resume:
+            raise ConfigError("--shard needs --seed with a value, the same for every shard")
+        try:
+            re.compile(request.only)
+        except re.error as error:
+            raise ConfigError(f"--only {request.only!r} is no regular expression: {error}") from None
         self._seed = self._choose_seed()
         extras = subject.extras
         self._waivers = read_waivers(request.waivers or (Path(extras.waivers) if extras.waivers else None))
         self._setup = Setup(subject.target, self._seed, extras.modules)
         self._all = catalogue_of(subject, self._seed)
-        self._checks = select(
+        self._of_all_shards = select(
             self._all,
             self._levels,
             is_quick=request.quick,
             profiles=request.profiles,
-            shard=self._shard,
             pattern=request.only,
         )
+        self._checks = [check for check in self._of_all_shards if in_shard(check.id, self._shard)]
         self._results: dict[str, Result] = {}
         self._shown = 0
 
     def run(self) -> Report:
         """Run the checks level by level; the report is written whatever becomes of them."""
-        facts = self._facts()
-        self._request.out.mkdir(parents=True, exist_ok=True)
-        if self._request.resume:
-            self._read_lines()
-        else:
-            (self._request.out / _LINES).unlink(missing_ok=True)
-        self._write_key()
-        self._say(
-            f"{self._subject.spec.name} on {facts['device']}: {len(self._checks)} checks of "
-            f"{reports.levels_text(self._levels)}, {self._subject.target.dtype}, seed {self._seed:016x}"
-        )
+        with self._folder_alone():
+            facts = self._facts()
+            if self._request.resume:
+                self._read_lines()
+            else:
+                (self._request.out / _LINES).unlink(missing_ok=True)
+            self._write_key()
+            self._say(
+                f"{self._subject.spec.name} on {facts['device']}: {len(self._checks)} checks of "
+                f"{reports.levels_text(self._levels)}, {self._subject.target.dtype}, seed {self._seed:016x}"
+                f"{f'; {len(self._results)} results are kept' if self._results else ''}"
+            )
+            try:
+                for level in self._levels:
+                    self._run_level(level)
+            except KeyboardInterrupt:
+                self._say("\ninterrupted; `--resume` goes on from here")
+            return self._finish(facts)
+
+    @contextmanager
+    def _folder_alone(self) -> Iterator[None]:
+        """The folder of the report, made, and held so that no other run writes into it.
+
+        Raises:
+            ConfigError: it cannot be made, or another run has it.
+        """
+        out = self._request.out
         try:
-            for level in self._levels:
-                self._run_level(level)
-        except KeyboardInterrupt:
-            self._say("\ninterrupted; `--resume` goes on from here")
-        return self._finish(facts)
+            out.mkdir(parents=True, exist_ok=True)
+            lock = (out / _LOCK).open("w")
+        except OSError as error:
+            raise ConfigError(f"--out {out} cannot be written ({error.strerror}); choose a folder") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(
+                    f"another run writes into {out}; wait for it, or choose another --out"
+                ) from None
+            yield
 
     def _facts(self) -> dict[str, Any]:
         """The environment, by the word of the open device. One that does not open ran nothing natively."""
@@ -133,6 +176,7 @@ class Session:
             "target": asdict(self._subject.target),
             "spec": reports.digest(asdict(self._subject.spec)),
             "suite": reports.suite_facts(self._all),
+            "code": _code_digest(self._subject.place.partition(":")[0]),
         }
 
     def _write_key(self) -> None:
@@ -144,8 +188,8 @@ class Session:
             return
         if json.dumps(old, sort_keys=True) != json.dumps(self._own_key(), sort_keys=True):
             raise ConfigError(
-                f"{self._request.out} holds a run of another seed, backend, option or suite; give the same "
-                "ones, or another folder"
+                f"{self._request.out} holds a run of another seed, backend, option or suite, or of other "
+                "code of the backend; give the same ones, or another folder, or leave --resume out"
             )
         wanted = {check.id for check in self._checks}
         try:
@@ -155,9 +199,10 @@ class Session:
         for line in lines:
             try:
                 result = Result(**json.loads(line))
+                is_kept = Status(result.status).is_good
             except (ValueError, TypeError):
                 continue  # the line that an interruption cut
-            if result.id in wanted and result.status not in (Status.NOT_RUN, Status.BLOCKED):
+            if result.id in wanted and is_kept:
                 self._results[result.id] = result
 
     # Running
@@ -241,10 +286,16 @@ class Session:
                 self._request.only,
                 self._request.profiles,
                 select(self._all, self._levels, is_quick=self._request.quick),
+                [check.id for check in self._of_all_shards],
             ),
             results=tuple(results),
             waivers=tuple(_as_dict(waiver) for waiver in used),
         )
+        for result in results:
+            if result.status == Status.WAIVED:
+                self._say(f"WAIVED  {result.id}  {result.waiver}")
+            elif reports.is_of_waiver(result.id):
+                self._say(f"WAIVER  {result.message}")
         reports.write(report, self._request.out)
         self._say(f"{report.verdict}\n{self._request.out / 'report.html'}")
         return report
@@ -283,3 +334,15 @@ class Session:
 
 def _as_dict(waiver: Waiver) -> dict[str, Any]:
     return {k: str(v) for k, v in asdict(waiver).items()}
+
+
+def _code_digest(module: str) -> str:
+    """Hash of a backend's code: of all files beside its plugin's module, or of that alone."""
+    found = find_spec(module)
+    if found is None or found.origin is None:
+        return ""
+    origin = Path(found.origin)
+    in_package = "." in module or found.submodule_search_locations is not None
+    paths = origin.parent.rglob("*") if in_package else (origin,)
+    files = sorted(path for path in paths if path.is_file() and path.suffix != ".pyc")
+    return reports.digest([(str(p), sha256(p.read_bytes()).hexdigest()) for p in files])

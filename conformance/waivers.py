@@ -14,6 +14,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import InvalidVersion
 
 from conformance.check import Check, Result
+from conformance.report import OF_WAIVER
 from conformance.status import Status
 from conformance.subject import Subject
 from core.contract.errors import ConfigError
@@ -106,7 +107,8 @@ def apply(
     """Results with what is waived, and the waivers that concern this device.
 
     A waiver that has ended, that matches no check of the suite, that names one which passes or one which
-    may never be waived, gives a result of its own that ends the run.
+    may never be waived, gives a result of its own that ends the run. But for passing, that holds for waivers
+    of other devices, too.
 
     Args:
         checks: all of the suite for this backend, whether or not this run takes them.
@@ -117,14 +119,14 @@ def apply(
     problems: list[Result] = []
     used: list[Waiver] = []
     for waiver in waivers:
-        if not (fnmatchcase(subject.info.name, waiver.device) and _is_in(driver, waiver.driver)):
-            continue
-        used.append(waiver)
-        if problem := _problem(waiver, found, by_id, today):
-            name = f"{waiver.test.rpartition('/')[0]}/waiver-{len(problems) + 1}"
+        is_ours = fnmatchcase(subject.info.name, waiver.device) and _is_in(driver, waiver.driver)
+        if is_ours:
+            used.append(waiver)
+        if problem := _problem(waiver, found if is_ours else {}, by_id, today):
+            name = f"{waiver.test.rpartition('/')[0]}/{OF_WAIVER}{len(problems) + 1}"
             problems.append(Result(name, Status.XPASS.value, f"the waiver of {waiver.test} {problem}"))
             continue
-        for i in fnmatch.filter(found, waiver.test):
+        for i in fnmatch.filter(found, waiver.test) if is_ours else ():
             if not Status(found[i].status).is_good:
                 found[i] = replace(
                     found[i], status=Status.WAIVED.value, waiver=f"{waiver.issue}: {waiver.impact}"

@@ -19,7 +19,8 @@ from pathlib import Path
 from conformance.catalogue import LEVELS
 from conformance.constraints.rules import PROFILES
 from conformance.page import to_html
-from conformance.report import Report, from_json, to_badge, to_markdown, validate
+from conformance.reading import from_json, validate
+from conformance.report import Report, to_badge, to_markdown
 from conformance.status import Status
 from core.contract.errors import ConfigError
 

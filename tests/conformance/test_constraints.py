@@ -20,7 +20,8 @@ from conformance.constraints.rules import PROFILES, Narrowed, narrow
 from conformance.constraints.watch import Watch
 from conformance.constraints.wrap import watched
 from conformance.levels import engine
-from conformance.report import from_json, to_badge, to_markdown, validate
+from conformance.reading import from_json, validate
+from conformance.report import to_badge, to_markdown
 from conformance.subject import Subject, Target
 from conformance.worker import run_check
 from core.contract import derive

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +23,8 @@ from conformance import report as reports
 from conformance.catalogue import catalogue, in_shard, parse_levels, parse_shard, select
 from conformance.check import Check, Result, check_seed, has
 from conformance.cli import app
-from conformance.report import Report, from_json, merge, to_json, validate
+from conformance.reading import from_json, merge, validate
+from conformance.report import Report, badge_text, digest, to_json
 from conformance.runner import run_all
 from conformance.session import Request, Session
 from conformance.status import Status, exit_code
@@ -71,7 +79,7 @@ def test_what_is_known_of_an_end_is_kept(ended: dict[str, Result]) -> None:
         ([Status.PASS, Status.XPASS], 4),
         ([Status.NOT_SUPPORTED], 5),
         ([], 5),
-        ([Status.PASS, Status.TIMEOUT, Status.XPASS], 6),
+        ([Status.FAIL, Status.TIMEOUT, Status.XPASS], 4),
         ([Status.PASS, Status.NOT_RUN], 6),
         ([Status.PASS, Status.BLOCKED], 6),
     ],
@@ -124,7 +132,7 @@ def run(subject: Subject, out: Path, **options: Any) -> Report:
 
 
 def test_a_report_is_written_read_back_and_verified(subject: Subject, tmp_path: Path) -> None:
-    report = run(subject, tmp_path, only="registration")
+    report = run(subject, tmp_path)
     text = (tmp_path / "report.json").read_text()
     validate(text, "report.json")
     again = from_json(text, "report.json")
@@ -135,6 +143,114 @@ def test_a_report_is_written_read_back_and_verified(subject: Subject, tmp_path: 
     assert "cpu_reference" in page and "http" not in page.replace("http://www.w3.org", "")
     assert "L0" in (tmp_path / "badge.svg").read_text()
     assert "| L0 registration" in (tmp_path / "report.md").read_text()
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "figure": (lambda r: r["results"][-1]["metrics"].update(ratio_A=999.0), "passes, but its ratio_A is 999"),
+    "waived": (lambda r: r["results"][-1].update(status="waived"), "is waived, but no waiver names it"),
+    "invented": (lambda r: r["results"].append({**r["results"][-1], "id": "L0/new/one"}), "seed that is not"),
+    "twice": (lambda r: r["results"].append(r["results"][-1]), "is there twice"),
+    "dropped": (lambda r: r["results"].pop(), "not those that the run took"),
+    "verdict": (lambda r: r["summary"].update(verdict="all is well"), "says 'all is well'"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_report_whose_hash_was_made_anew_is_still_held_to_its_figures(
+    subject: Subject, tmp_path: Path, name: str
+) -> None:
+    change, words = CHANGES[name]
+    run(subject, tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text())
+    change(found)
+    del found["sha256"]
+    again = Report(
+        **{
+            **{k: v for k, v in found.items() if k != "summary"},
+            "results": tuple(Result(**r) for r in found["results"]),
+            "waivers": tuple(found["waivers"]),
+        }
+    )
+    if name != "verdict":
+        found["summary"] = json.loads(to_json(again))["summary"]
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        from_json(json.dumps({**found, "sha256": digest(found)}), "report.json")
+
+
+def test_a_part_of_a_run_never_conforms(subject: Subject, tmp_path: Path) -> None:
+    for name, options in {"only": {"only": "registration"}, "shard": {"shard": "1/2"}}.items():
+        part = run(subject, tmp_path / name, **options)
+        assert part.exit_code == 0 and "a part of L0" in part.verdict and "conforms" not in part.verdict
+        assert "none · a part" in badge_text(part)
+        path = str(tmp_path / name / "report.json")
+        assert CliRunner().invoke(app, ["verify", path]).exit_code == 5
+
+
+def test_a_level_without_a_case_is_named_and_is_no_grade(subject: Subject, tmp_path: Path) -> None:
+    report = run(subject, tmp_path, levels="L0,L1,L3", profiles=())
+    assert "no case for this backend: L3" in report.verdict and " L1 " in badge_text(report)
+
+
+def test_two_runs_never_share_a_folder(subject: Subject, tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another run writes into"):
+            run(subject, tmp_path)
+    assert run(subject, tmp_path).exit_code == 0
+
+
+def test_what_failed_and_what_other_code_gave_is_run_again(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(subject, tmp_path)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    (tmp_path / "results.jsonl").write_text("\n".join([json.dumps({**first, "status": "fail"}), *lines[1:]]))
+    assert run(subject, tmp_path, resume=True, seed=None).exit_code == 0
+    monkeypatch.setattr("conformance.session._code_digest", lambda module: "other")
+    with pytest.raises(ConfigError, match="other code of the backend"):
+        run(subject, tmp_path, resume=True, seed=None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("run", "--backend", "cpu_reference", "--only", "("), 2, "is no regular expression"),
+        (("run", "--backend", "cpu_reference", "--shard", "1/2"), 2, "--shard needs --seed"),
+        (("run", "--backend", "cpu_reference", "--out", "/dev/null/x"), 2, "cannot be written"),
+        (
+            ("run", "--backend", "cpu_reference", "--seed", "00000000000000001"),
+            2,
+            "up to 16 hexadecimal digits",
+        ),
+        (("run", "--backend", "cpu_reference", "--seed=-1"), 2, "up to 16 hexadecimal digits"),
+        (("verify", "/nowhere/report.json"), 8, "cannot be read (No such file"),
+        (("repro", "/nowhere/report.json", "L0/a/b"), 8, "cannot be read (No such file"),
+        (("explain", "--backend", "nobody", "L0/a/b"), 3, "nobody"),
+    ],
+)
+def test_wrong_use_ends_with_a_sentence_and_its_status(
+    arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == code and words in done.output and "Traceback" not in done.output
+
+
+def test_a_merge_never_writes_over_a_shard(subject: Subject, tmp_path: Path) -> None:
+    for i in (1, 2):
+        run(subject, tmp_path / str(i), shard=f"{i}/2")
+    paths = [str(tmp_path / str(i) / "report.json") for i in (1, 2)]
+    done = CliRunner().invoke(app, ["merge", *paths, "--out", str(tmp_path / "1")])
+    assert done.exit_code == 2 and "would be lost" in done.output
+
+
+def test_shards_of_another_device_or_with_a_check_less_do_not_merge(subject: Subject, tmp_path: Path) -> None:
+    one, two = (run(subject, tmp_path / str(i), levels="L0,L1", shard=f"{i}/2") for i in (1, 2))
+    other = replace(two, environment={**two.environment, "device": "another"})
+    with pytest.raises(ConfigError, match="their environment's device differ"):
+        merge([one, other], ["a", "b"])
+    with pytest.raises(ConfigError, match="lack checks"):
+        merge([one, replace(two, results=two.results[:-1])], ["a", "b"])
 
 
 def test_a_report_that_was_changed_is_refused(subject: Subject, tmp_path: Path) -> None:
@@ -331,3 +447,23 @@ def test_a_failing_check_is_repeated_from_its_report(tmp_path: Path) -> None:
     assert reports.badge_text(report).startswith("conformance")
     assert "keyed-by-seed" in (tmp_path / "report.html").read_text()
     assert to_json(report)
+
+
+def test_an_interrupt_of_two_workers_leaves_a_report_and_no_traceback(tmp_path: Path) -> None:
+    start = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from core.cli import main; main()"
+    )
+    arguments = ["run", "--backend", "cpu_reference", "--level", "L1,L2", "--jobs", "2"]
+    arguments += ["--out", str(tmp_path)]
+    command = [sys.executable, "-c", start, "conformance", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "results.jsonl").exists() or not (tmp_path / "results.jsonl").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        text, _ = process.communicate(timeout=60)
+    assert process.returncode == 6 and "`--resume` goes on from here" in text and "Traceback" not in text
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["summary"]["counts"]["not run"] > 0 and "crash" not in found["summary"]["counts"]

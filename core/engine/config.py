@@ -7,7 +7,7 @@ the fields here. What an option that was not given comes to is decided in `core.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -107,6 +107,9 @@ class EngineConfig:
     overlap: int | None = option(None, "steps in flight", "what the backend declares")
     tensor_parallel: int = option(1, "ranks that share each layer")
     num_threads: int | None = option(None, "host threads of a rank", "the cores there are, divided by ranks")
+    batch_invariant: bool = option(
+        False, "start only where a request's tokens never depend on its neighbours, bit for bit"
+    )
     warm_up: bool = option(
         False,
         "compile decode shapes before the first request; all shapes of a static backend are in any case",
@@ -140,18 +143,27 @@ class EngineConfig:
         return SERVED_MAX_WAITING if self.max_waiting is None else self.max_waiting
 
     @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Refuse a name that is no option.
+
+        Raises:
+            ConfigError: there is one; names the nearest option.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in names:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {nearest[0]!r}" if nearest else f"the options are {', '.join(known)}"
+                raise ConfigError(f"there is no option {name!r}; {hint}")
+
+    @classmethod
     def of(cls, options: Mapping[str, Any]) -> EngineConfig:
         """A configuration from options by name.
 
         Raises:
             ConfigError: a name that is no option; names the nearest one.
         """
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {nearest[0]!r}" if nearest else f"the options are {', '.join(known)}"
-                raise ConfigError(f"there is no option {name!r}; {hint}")
+        cls.check_names(options)
         if "model" not in options:
             raise ConfigError("no model is given; set 'model' to a folder or a .gguf file")
         return cls(**options)

@@ -11,7 +11,7 @@ from functools import partial
 from numbers import Integral
 from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 from core.contract.errors import EngineDead, RequestError
 from core.engine.bars import generating_bar, loading_bar
@@ -64,11 +64,13 @@ class LLM:
         overlap: int | None = None,
         tensor_parallel: int = 1,
         num_threads: int | None = None,
+        batch_invariant: bool = False,
         warm_up: bool = False,
         show_progress: bool = True,
         backend_options: Mapping[str, str] | None = None,
         tokenizer: Tokenizer | None = None,
         on_resolved: Callable[[Resolution], None] | None = None,
+        **unknown: Never,
     ) -> None:
         """Load a model.
 
@@ -76,10 +78,12 @@ class LLM:
             show_progress: tell on stderr what was decided and how far loading is.
             tokenizer: the model's, where it was loaded before.
             on_resolved: told what was decided before weights are read; what it raises ends the start.
+            unknown: refused, with the nearest name.
 
         Raises:
             CoreError: what cannot work; before weights are read, where it can be known then.
         """
+        EngineConfig.check_names(unknown)
         self._show_progress = show_progress
         config = EngineConfig(
             model=resolve_model(str(model), cache_dir()),
@@ -100,6 +104,7 @@ class LLM:
             overlap=overlap,
             tensor_parallel=tensor_parallel,
             num_threads=num_threads,
+            batch_invariant=batch_invariant,
             warm_up=warm_up,
             backend_options=dict(backend_options or {}),
         )

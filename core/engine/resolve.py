@@ -157,6 +157,7 @@ def resolve(config: EngineConfig, facts: Facts) -> Resolution:
             raise
         length, length_why = fitting, "the longest of which the KV cache's budget holds one request"
         cache = plan(length)
+    _check_room(config, facts, cache, weights)
     decided = {
         "backend": (spec.name, facts.backend_reason),
         "dtype": (dtype, dtype_why),
@@ -166,9 +167,14 @@ def resolve(config: EngineConfig, facts: Facts) -> Resolution:
         "max_batch_tokens": (str(tokens), tokens_why),
         "block_size": (str(size), "given" if config.block_size else "the backend's preferred size"),
         "num_blocks": _num_blocks(config, cache, size),
-        "kv_cache_bytes": (f"{budget} ({budget / _MIB:.0f} MiB)", budget_why),
+        "kv_cache_bytes": (
+            _bytes_text(cache.num_bytes if config.num_blocks else budget),
+            "what num_blocks takes" if config.num_blocks else budget_why,
+        ),
         "overlap": (str(overlap), "given" if config.overlap else "what the backend declares"),
+        **_not_given(config),
     }
+    _check_determinism(config, spec)
     _check_tables(spec, cache, length)
     return Resolution(
         dtype=dtype,
@@ -185,6 +191,43 @@ def resolve(config: EngineConfig, facts: Facts) -> Resolution:
         eos_token_ids=facts.model.eos_token_ids,
         prefill_multiple=spec.batch.prefill_multiple,
     )
+
+
+def _bytes_text(count: int) -> str:
+    return f"{count} ({count / _MIB:.0f} MiB)"
+
+
+def _not_given(config: EngineConfig) -> dict[str, tuple[str, str]]:
+    """Options whose value is decided elsewhere where none is given."""
+    found = {}
+    if config.max_waiting is None:
+        found["max_waiting"] = (
+            "no limit",
+            f"not given; a server and AsyncLLM have {config.served_max_waiting}",
+        )
+    if config.num_threads is None:
+        found["num_threads"] = ("the backend's own", "not given; where it counts, the cores divided by ranks")
+    return found
+
+
+def _check_room(config: EngineConfig, facts: Facts, cache: CacheBudget, weights: int) -> None:
+    """Refuse a cache that was asked for and does not fit."""
+    left = facts.memory.free_bytes - weights
+    if cache.num_bytes > left:
+        name = "num_blocks" if config.num_blocks else "kv_cache_bytes"
+        raise ConfigError(
+            f"{name} is {getattr(config, name)}, which takes {cache.num_bytes / _MIB:.0f} MiB, but the "
+            f"weights leave {left / _MIB:.0f} of {facts.memory.free_bytes / _MIB:.0f} MiB free; lower it"
+        )
+
+
+def _check_determinism(config: EngineConfig, spec: BackendSpec) -> None:
+    if config.batch_invariant and spec.determinism != "batch_invariant":
+        raise ConfigError(
+            f"batch_invariant is asked for, but the determinism that backend {spec.name!r} promises is "
+            f"{spec.determinism!r}: its results may depend on a request's neighbours; leave the option out, "
+            "or choose a backend that promises it"
+        )
 
 
 def _step_tokens(config: EngineConfig, spec: BackendSpec) -> tuple[int, str]:
@@ -328,7 +371,9 @@ def _num_blocks(config: EngineConfig, cache: CacheBudget, size: int) -> tuple[st
     count = cache.num_tokens // size
     held = f"{count * size} tokens, {cache.full_requests:.1f} requests of full length"
     why = f"{held}, in {cache.num_bytes / _MIB:.0f} MiB"
-    return str(count), f"given: {why}" if config.num_blocks else why
+    if config.num_blocks:
+        why = f"{config.num_blocks} were given, of which one holds padding: {why}"
+    return str(count), why
 
 
 def _choices(config: EngineConfig, decided: dict[str, tuple[str, str]]) -> tuple[Choice, ...]:

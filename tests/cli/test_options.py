@@ -46,6 +46,7 @@ GIVEN: dict[str, Any] = {
     "overlap": 2,
     "tensor_parallel": 2,
     "num_threads": 4,
+    "batch_invariant": True,
     "warm_up": True,
     "backend_options": {"a": "b=c", "d": ""},
 }

@@ -373,3 +373,34 @@ def test_what_a_request_may_be_is_known_with_the_decisions() -> None:
         found.limits.check(17, SamplingParams(max_tokens=16))
     with pytest.raises(RequestError, match="n is 3, but at most 2"):
         found.limits.check(16, SamplingParams(n=3))
+
+
+@pytest.mark.parametrize("asked", [{"num_blocks": 10**9}, {"kv_cache_bytes": 10**15}])
+def test_a_cache_beyond_the_memory_is_refused_before_weights_are_read(asked: dict[str, int]) -> None:
+    lengths = {"max_model_len": 32768, "max_requests": 2048}
+    (name,) = asked
+    with pytest.raises(ConfigError, match=rf"{name} is 1000.*, but the weights leave 80 of 100 MiB free"):
+        resolve(config(**asked, **lengths), facts())
+
+
+def test_the_values_in_force_are_told() -> None:
+    found = {c.option: (c.value, c.why) for c in resolve(config(num_blocks=50), facts()).choices}
+    assert (
+        found["kv_cache_bytes"][0].startswith(f"{50 * 16 * 64} ")
+        and "num_blocks" in found["kv_cache_bytes"][1]
+    )
+    assert found["num_blocks"][0] == "49" and "50 were given" in found["num_blocks"][1]
+    assert found["max_waiting"][0] == "no limit" and found["num_threads"][0] == "the backend's own"
+
+
+def test_batch_invariance_is_had_where_it_is_promised_and_refused_elsewhere() -> None:
+    asked = config(batch_invariant=True)
+    assert resolve(asked, facts(determinism="batch_invariant")).choices
+    for promised in ("none", "bitwise"):
+        with pytest.raises(ConfigError, match=f"promises is '{promised}'"):
+            resolve(asked, facts(determinism=promised))
+
+
+def test_an_unknown_option_of_llm_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="there is no option 'bakend'; did you mean 'backend'"):
+        LLM("tiny", bakend="cpu")  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 from core.contract.errors import CoreError, EngineDead, QueueFullError, RequestError
@@ -40,6 +40,7 @@ from core.engine.messages import (
 from core.engine.metrics import EngineMetrics
 from core.engine.outputs import RequestOutput
 from core.engine.process import ChildSetup
+from core.engine.queueing import Queueing
 from core.engine.stream import RequestStream
 from core.executor.failure import Failure
 from core.sampling.params import SamplingParams
@@ -94,6 +95,7 @@ class AsyncLLM:
         self._ids = itertools.count()
         self._metrics = EngineMetrics()
         self._failure: EngineDead | None = None
+        self._failed = asyncio.Event()
         self._start_failure: CoreError | None = None
         self._is_draining = False
         self._is_closed = False
@@ -179,6 +181,7 @@ class AsyncLLM:
         queue_timeout_s: float | None = None,
         timeout_s: float | None = None,
         salt: str = "",
+        add_special_tokens: bool = True,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Continue a prompt. Gives the whole state of the request so far whenever it has grown.
 
@@ -190,20 +193,17 @@ class AsyncLLM:
             queue_timeout_s, timeout_s: the request ends as "deadline" if it has not begun, not ended, by
             then.
             salt: blocks are shared only with requests of the same salt.
+            add_special_tokens: a text gets the tokens that its tokenizer puts around it.
 
         Raises:
-            RequestError: it can never run, or its id is in use; at the first iteration.
+            RequestError: it can never run, a value is out of range, or its id is in use; at the first
+                iteration.
             QueueFullError: as many wait as may, or the engine is draining; at the first iteration.
             EngineDead: the engine stopped, now or before; with the first failure's sentence.
         """
-        given = partial(
-            AddRequest,
-            priority=priority,
-            queue_timeout_s=queue_timeout_s,
-            timeout_s=timeout_s,
-            salt=salt,
-        )
-        stream = await self._add(prompt, params, request_id, given)
+        waits = Queueing(priority=priority, queue_timeout_s=queue_timeout_s, timeout_s=timeout_s, salt=salt)
+        given = partial(AddRequest, **asdict(waits))
+        stream = await self._add(prompt, params, request_id, given, add_special_tokens)
         try:
             while True:
                 await stream.changed.wait()
@@ -230,6 +230,11 @@ class AsyncLLM:
             return False
         return self._failure is None
 
+    async def failed(self) -> BaseException:
+        """Wait until the engine stops of itself; why it did. Never returns where it does not."""
+        await self._failed.wait()
+        return self._dead()
+
     async def close(self) -> None:
         """End the engine and its processes; iterators that were not done raise EngineDead. Idempotent."""
         if self._closing is None:
@@ -255,12 +260,13 @@ class AsyncLLM:
         params: SamplingParams,
         name: str | None,
         given: Callable[..., AddRequest],
+        add_special_tokens: bool,
     ) -> _Stream:
         wire_id = str(next(self._ids))
         name = f"request-{wire_id}" if name is None else name
         self._reserve(wire_id, name, params.n)
         try:
-            ids = await self._tokenize(prompt)
+            ids = await self._tokenize(prompt, add_special_tokens)
             if params.bad_words:
                 encode = partial(self.tokenizer.encode, add_special_tokens=False)
                 params = await asyncio.to_thread(params.resolved, encode)
@@ -299,12 +305,12 @@ class AsyncLLM:
         self._num_live += count
         self._idle.clear()
 
-    async def _tokenize(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+    async def _tokenize(self, prompt: str | Sequence[int], add_special_tokens: bool) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return self._checked(prompt)
         if len(prompt) <= _THREAD_CHARS:
-            return tuple(self.tokenizer.encode(prompt))
-        return tuple(await asyncio.to_thread(self.tokenizer.encode, prompt))
+            return tuple(self.tokenizer.encode(prompt, add_special_tokens))
+        return tuple(await asyncio.to_thread(self.tokenizer.encode, prompt, add_special_tokens))
 
     def _checked(self, prompt: Sequence[int]) -> tuple[int, ...]:
         try:
@@ -441,7 +447,7 @@ class AsyncLLM:
         self._start_failure = self._failure if type(cause) is EngineDead else cause
         self._unfinished.clear()
         self._num_live = 0
-        for event in (self._idle, self._ready, self._loading):
+        for event in (self._idle, self._ready, self._loading, self._failed):
             event.set()
         self._fail_streams()
 

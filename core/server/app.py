@@ -72,6 +72,11 @@ def _add_errors(app: FastAPI) -> None:
         status, found = errors.answer(error)
         return JSONResponse(found, status_code=404 if isinstance(error, ModelNotFound) else status)
 
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        status, found = errors.answer(error)
+        return JSONResponse(found, status_code=status)
+
     @app.exception_handler(HTTPException)
     async def no_route(_: Request, error: HTTPException) -> Response:
         found = errors.body(str(error.detail), "invalid_request_error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from core.engine.outputs import Logprob, RequestOutput
@@ -10,6 +11,11 @@ from core.tokenizer import IncrementalDetokenizer, Tokenizer
 
 Json = dict[str, Any]
 Found = Sequence[Mapping[int, Logprob] | None]
+
+
+def _number(value: float) -> float | None:
+    """A number as JSON has it, which has no infinite ones."""
+    return value if isfinite(value) else None
 
 
 class LogprobWriter:
@@ -49,8 +55,8 @@ class LogprobWriter:
             start: characters before that text.
         """
         tokens = [self.text(i) for i in ids]
-        own = [None if f is None else f[i].logprob for i, f in zip(ids, found, strict=False)]
-        top = [None if f is None else {self.text(i): p.logprob for i, p in f.items()} for f in found]
+        own = [None if f is None else _number(f[i].logprob) for i, f in zip(ids, found, strict=False)]
+        top = [None if f is None else {self.text(i): _number(p.logprob) for i, p in f.items()} for f in found]
         return {
             "tokens": tokens,
             "token_logprobs": own,
@@ -87,20 +93,20 @@ class LogprobWriter:
             None
             if f is None
             else {
-                str(i): {"logprob": p.logprob, "rank": p.rank, "decoded_token": self.text(i)}
+                str(i): {"logprob": _number(p.logprob), "rank": p.rank, "decoded_token": self.text(i)}
                 for i, p in f.items()
             }
             for f in found
         ]
 
-    def chat(self, ids: Sequence[int], found: Found | None) -> Json | None:
-        """Of /v1/chat/completions."""
+    def chat(self, ids: Sequence[int], found: Found | None, most: int) -> Json | None:
+        """Of /v1/chat/completions, with the `most` most likely tokens at each place."""
         if found is None:
             return None
         content = []
         for i, f in zip(ids, found, strict=False):
             if f is not None:
-                others = [self._entry(j, p) for j, p in f.items()]
+                others = [self._entry(j, p) for j, p in f.items() if p.rank and p.rank <= most]
                 content.append({**self._entry(i, f[i]), "top_logprobs": others})
         return {"content": content}
 
@@ -108,6 +114,6 @@ class LogprobWriter:
         raw = self._tokenizer.token_bytes(token)
         return {
             "token": self.text(token),
-            "logprob": found.logprob,
+            "logprob": _number(found.logprob),
             "bytes": list(raw) or None,
         }

@@ -75,14 +75,19 @@ class ServerMetrics:
 
         m = self._engine.metrics()
         names, values = list(self._labels), list(self._labels.values())
+        is_up = self._engine.is_alive
+        up = GaugeMetricFamily("core_engine_up", "1 while the engine runs, 0 after it stopped", labels=names)
+        up.add_metric(values, float(is_up))
+        yield up
         for name, (attribute, text) in _GAUGES.items():
             gauge = GaugeMetricFamily(f"core_{name}", text, labels=names)
-            gauge.add_metric(values, float(getattr(m, attribute)))
+            # What an engine held when it stopped is held no more.
+            gauge.add_metric(values, float(getattr(m, attribute)) if is_up else 0.0)
             yield gauge
         usage = GaugeMetricFamily(
             "core_kv_cache_usage_ratio", "share of KV blocks that are used", labels=names
         )
-        usage.add_metric(values, m.blocks_used / max(1, m.blocks_total))
+        usage.add_metric(values, m.blocks_used / max(1, m.blocks_total) if is_up else 0.0)
         yield usage
         for name, (attribute, text) in _COUNTERS.items():
             count = CounterMetricFamily(f"core_{name}", text, labels=names)

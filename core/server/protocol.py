@@ -26,7 +26,7 @@ class StreamOptions(_Request):
     continuous_usage_stats: bool = False
 
 
-class _Common(_Request):
+class CommonRequest(_Request):
     """Fields of both kinds of request. None = the default of SamplingParams."""
 
     @model_validator(mode="before")
@@ -105,7 +105,7 @@ class _Common(_Request):
         return SamplingParams(**given)
 
 
-class CompletionRequest(_Common):
+class CompletionRequest(CommonRequest):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
@@ -145,7 +145,7 @@ class ResponseFormat(_Request):
     json_schema: dict[str, Any] | None = None
 
 
-class ChatRequest(_Common):
+class ChatRequest(CommonRequest):
     """POST /v1/chat/completions."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
@@ -185,6 +185,8 @@ class ChatRequest(_Common):
             raise RequestError(
                 f"response_format {self.response_format.type!r} is not supported; leave it out or use 'text'"
             )
+        if self.parallel_tool_calls is False:
+            raise RequestError("parallel_tool_calls is not supported; leave it out")
         if self.tools and self.tool_choice not in (None, "none"):
             raise RequestError("tool_choice is not supported; leave it out, and tools are shown to the model")
         if self.top_logprobs is not None and not self.logprobs:

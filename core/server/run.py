@@ -55,6 +55,8 @@ def serve(
 ) -> None:
     """Serve on a socket from `bind` until SIGINT or SIGTERM.
 
+    Where the engine stops of itself, that is told at once, and requests are answered with it until then.
+
     Raises:
         CoreError: the engine cannot start, or failed.
     """
@@ -113,9 +115,17 @@ async def _serve(
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, leave)
+        watch = loop.create_task(_tell_failure(engine, tell))
         tell(f"serving {name} on http://{host}:{port}/v1")
         await server.serve(sockets=[listener])
-        tell(f"ended: {_how(engine, drains)}")
+        watch.cancel()
+        if engine.failure is not None:
+            raise engine.failure
+        tell(f"ended: {_how(drains)}")
+
+
+async def _tell_failure(engine: AsyncLLM, tell: Tell) -> None:
+    tell(f"error: {await engine.failed()}")
 
 
 async def _drained(engine: AsyncLLM, server: Any, timeout_s: float) -> bool:
@@ -126,10 +136,8 @@ async def _drained(engine: AsyncLLM, server: Any, timeout_s: float) -> bool:
     return is_done
 
 
-def _how(engine: AsyncLLM, drains: list[asyncio.Task[bool]]) -> str:
+def _how(drains: list[asyncio.Task[bool]]) -> str:
     """What became of the requests that ran when the server was told to end."""
-    if engine.failure is not None:
-        return str(engine.failure)
     if all(drain.done() and drain.result() for drain in drains):
         return "what ran was finished"
     for drain in drains:

@@ -20,7 +20,7 @@ from core.server.config import ServerConfig
 from core.server.deltas import Delta, Growth
 from core.server.logprobs import LogprobWriter
 from core.server.metrics import ServerMetrics
-from core.server.protocol import ChatRequest, CompletionRequest, _Common
+from core.server.protocol import ChatRequest, CommonRequest, CompletionRequest
 from core.tokenizer import apply_chat_template
 
 Prompt = str | list[int]
@@ -155,7 +155,7 @@ class Service:
             found["token_ids"] = delta.token_ids
         return found
 
-    def _of_prompt(self, request: _Common, output: RequestOutput) -> Json:
+    def _of_prompt(self, request: CommonRequest, output: RequestOutput) -> Json:
         """What a choice says of its prompt, once."""
         found: Json = {}
         if request.prompt_logprobs is not None:
@@ -174,13 +174,13 @@ class Service:
     async def chat(self, request: ChatRequest) -> Json:
         """The whole answer of POST /v1/chat/completions."""
         job = await self._chat_job(request)
-        output = (await self._finish(job))[0]
+        output, most = (await self._finish(job))[0], request.top_logprobs or 0
         choices = []
         for choice in output.outputs:
             found: Json = {
                 "index": choice.index,
                 "message": {"role": "assistant", "content": choice.text},
-                "logprobs": self._writer.chat(choice.token_ids, choice.logprobs)
+                "logprobs": self._writer.chat(choice.token_ids, choice.logprobs, most)
                 if request.logprobs
                 else None,
                 "finish_reason": choice.finish_reason,
@@ -196,7 +196,7 @@ class Service:
         """The same as server-sent events."""
         job = await self._chat_job(request)
         head = job.head("chat.completion.chunk")
-        growth = Growth(job.params)
+        growth, most = Growth(job.params), request.top_logprobs or 0
         latest: dict[int, RequestOutput] = {}
         async with aclosing(self._run(job)) as outputs:
             async for _, output in outputs:
@@ -212,7 +212,7 @@ class Service:
                     choice = {
                         "index": delta.index,
                         "delta": {"content": delta.text} if delta.text else {},
-                        "logprobs": self._writer.chat(delta.token_ids, delta.logprobs)
+                        "logprobs": self._writer.chat(delta.token_ids, delta.logprobs, most)
                         if request.logprobs
                         else None,
                         "finish_reason": delta.finish_reason,
@@ -259,13 +259,15 @@ class Service:
 
     # Both
 
-    def _check_model(self, request: _Common) -> None:
+    def _check_model(self, request: CommonRequest) -> None:
         if request.model not in (None, self.model_name):
             raise ModelNotFound(
                 f"there is no model {request.model!r} here; this server has {self.model_name!r}"
             )
 
-    def _job(self, kind: str, prompts: Sequence[Prompt], params: SamplingParams, request: _Common) -> _Job:
+    def _job(
+        self, kind: str, prompts: Sequence[Prompt], params: SamplingParams, request: CommonRequest
+    ) -> _Job:
         return _Job(f"{kind}-{uuid.uuid4().hex}", self.model_name, list(prompts), params, request)
 
     async def _finish(self, job: _Job) -> list[RequestOutput]:
@@ -280,6 +282,8 @@ class Service:
         """(index of prompt, its output) whenever one has grown. Closing it ends all of them."""
         limits = (job.request.timeout, self._config.request_timeout_s)
         timeout = min((limit for limit in limits if limit is not None), default=None)
+        # A chat's template has put its own already.
+        adds_special = isinstance(job.request, CompletionRequest) and job.request.add_special_tokens
         streams = [
             self.engine.generate(
                 prompt,
@@ -289,6 +293,7 @@ class Service:
                 queue_timeout_s=job.request.queue_timeout,
                 timeout_s=timeout,
                 salt=job.request.cache_salt,
+                add_special_tokens=adds_special,
             )
             for p, prompt in enumerate(job.prompts)
         ]
@@ -299,7 +304,9 @@ class Service:
                     self.metrics.finished(output)
                 yield p, _without_tokens(output) if shows_nothing else output
 
-    def _closing(self, request: _Common, head: Json, latest: Mapping[int, RequestOutput]) -> list[bytes]:
+    def _closing(
+        self, request: CommonRequest, head: Json, latest: Mapping[int, RequestOutput]
+    ) -> list[bytes]:
         options = request.stream_options
         if options is not None and options.include_usage:
             return [_event({**head, "choices": [], "usage": _usage(list(latest.values()))}), DONE]
@@ -314,7 +321,7 @@ class _Job:
     """One request of the API on its way through the engine."""
 
     def __init__(
-        self, id: str, model: str, prompts: list[Prompt], params: SamplingParams, request: _Common
+        self, id: str, model: str, prompts: list[Prompt], params: SamplingParams, request: CommonRequest
     ) -> None:
         self.id = id
         self.prompts = prompts
@@ -419,7 +426,7 @@ def _usage(outputs: Sequence[RequestOutput]) -> Json:
     }
 
 
-def _running_usage(request: _Common, latest: Mapping[int, RequestOutput]) -> Json:
+def _running_usage(request: CommonRequest, latest: Mapping[int, RequestOutput]) -> Json:
     options = request.stream_options
     if options is None or not options.continuous_usage_stats:
         return {}

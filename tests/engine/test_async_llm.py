@@ -133,6 +133,9 @@ def test_a_request_that_waits_too_long_ends_as_deadline(folder: Path) -> None:
     async def body(llm: AsyncLLM) -> None:
         running = asyncio.create_task(last(llm.generate([5, 6], ENDLESS, request_id="first")))
         await until(lambda: llm.metrics().num_running == 1)
+        for wrong in ({"timeout_s": float("nan")}, {"queue_timeout_s": -1.0}, {"priority": 1.5}):
+            with pytest.raises(RequestError, match=next(iter(wrong))):
+                await last(llm.generate([5], ENDLESS, **wrong))  # type: ignore[arg-type]
         late = await last(llm.generate([5, 6], ENDLESS, queue_timeout_s=0.05))
         assert late.outputs[0].finish_reason == "deadline"
         await llm.abort("first")
@@ -175,7 +178,7 @@ def test_a_request_that_cannot_run_is_refused_and_the_others_go_on(
 )
 def test_values_that_cannot_cross_are_the_request_s_fault(folder: Path, extra: dict[str, Any]) -> None:
     async def body(llm: AsyncLLM) -> None:
-        with pytest.raises(RequestError, match="cannot be sent"):
+        with pytest.raises(RequestError, match="cannot be sent|it must be a"):
             await last(llm.generate([5], SamplingParams(), **extra))
         assert (await last(llm.generate([5], SamplingParams(max_tokens=1)))).finished
 

@@ -52,6 +52,7 @@ class FakeEngine:
     asked: list[tuple[object, SamplingParams, int, str, float | None, float | None]] = field(
         default_factory=list
     )
+    special: list[bool] = field(default_factory=list)
     live: set[str] = field(default_factory=set)
     ended: list[str] = field(default_factory=list)
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
@@ -69,8 +70,10 @@ class FakeEngine:
         queue_timeout_s: float | None = None,
         timeout_s: float | None = None,
         salt: str = "",
+        add_special_tokens: bool = True,
     ) -> AsyncGenerator[RequestOutput]:
         name = request_id or "request"
+        self.special.append(add_special_tokens)
         self.asked.append((prompt, params, priority, salt, queue_timeout_s, timeout_s))
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if len(ids) >= self.max_model_len:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator
 from dataclasses import fields
 from typing import Any
@@ -11,11 +12,20 @@ from typing import Any
 import httpx
 import pytest
 
+from core.engine.outputs import Logprob
 from core.sampling.params import SamplingParams
 from tests.server.conftest import Connect
 from tests.server.fake import FakeEngine
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+def get(client: httpx.AsyncClient, path: str) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with client:
+            return await client.get(path)
+
+    return asyncio.run(ask())
 
 
 def post(client: httpx.AsyncClient, path: str, **body: Any) -> httpx.Response:
@@ -390,3 +400,54 @@ def test_the_operators_time_limit_holds_whatever_a_client_asks(
     body = {"prompt": "x"} if path == "/v1/completions" else CHAT
     answer = post(connect(engine, request_timeout_s=operators), path, **body, timeout=own)
     assert answer.status_code == 200 and engine.asked[0][5] == wanted
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_text_gets_special_tokens_unless_told_otherwise(connect: Connect, wanted: bool) -> None:
+    engine = FakeEngine()
+    post(connect(engine), "/v1/completions", prompt="x", add_special_tokens=wanted)
+    post(connect(engine), "/v1/completions", prompt="x")
+    assert engine.special == [wanted, True]
+
+
+def test_a_dead_engine_runs_and_holds_nothing(connect: Connect) -> None:
+    engine = FakeEngine()
+    metrics = [get(connect(engine), "/metrics").text]
+    engine.is_alive = False
+    metrics.append(get(connect(engine), "/metrics").text)
+    for text, up, used in zip(metrics, ("1.0", "0.0"), ("25.0", "0.0"), strict=True):
+        assert f'core_engine_up{{model_name="fake"}} {up}' in text
+        assert f'core_kv_blocks_used{{model_name="fake"}} {used}' in text
+
+
+def test_an_exception_that_nobody_expected_is_an_error_in_json(
+    monkeypatch: pytest.MonkeyPatch, connect: Connect
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("no luck")
+
+    monkeypatch.setattr("core.server.service.Service._completion_job", broken)
+    client = connect()
+    client._transport.raise_app_exceptions = False  # type: ignore[attr-defined]
+    answer = post(client, "/v1/completions", prompt="x")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "unexpected ZeroDivisionError: no luck"
+
+
+def test_a_number_that_json_does_not_have_is_null(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.server.fake.Logprob", lambda value, *rest: Logprob(-math.inf, *rest))
+    for stream in (False, True):
+        answer = post(connect(), "/v1/completions", prompt="x", logprobs=1, max_tokens=1, stream=stream)
+        assert "Infinity" not in answer.text and '"token_logprobs":[null]' in answer.text.replace(" ", "")
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_a_chat_has_as_many_of_the_likeliest_tokens_as_were_asked_for(connect: Connect, most: int) -> None:
+    answer = post(connect(), "/v1/chat/completions", **CHAT, logprobs=True, top_logprobs=most, max_tokens=2)
+    places = answer.json()["choices"][0]["logprobs"]["content"]
+    assert [len(place["top_logprobs"]) for place in places] == [most] * 2
+
+
+def test_what_chats_cannot_be_told_is_refused(connect: Connect) -> None:
+    answer = post(connect(), "/v1/chat/completions", **CHAT, parallel_tool_calls=False)
+    assert answer.status_code == 400 and "parallel_tool_calls is not supported" in answer.text

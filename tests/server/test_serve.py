@@ -253,6 +253,13 @@ def test_an_engine_that_dies_makes_the_server_unhealthy_and_end_its_streams(fold
                 assert answer.status_code == 503 and "fails at step 30" in answer.text
 
         run(body())
+        assert server.process.stdout is not None
+        told = server.process.stdout.readline()
+        assert told.startswith("error: the engine stopped") and "fails at step 30" in told, (
+            "it is told at once"
+        )
+        server.process.terminate()
+        assert server.process.wait(30) == 1, "the exit status tells it, too"
 
 
 def test_a_full_queue_answers_429_and_serves_those_it_took(folder: Path) -> None:
@@ -324,3 +331,18 @@ def test_what_the_memory_buys_is_told_before_loading(folder: Path) -> None:
 
 def _port(server: Server) -> str:
     return server.url.removesuffix("/v1").rsplit(":", 1)[1]
+
+
+@pytest.mark.parametrize("given", [(), ("--api-key", "other")])
+def test_the_key_of_the_environment_guards_the_server_unless_one_is_given(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("CORE_API_KEY", "secret")
+    with serving(folder, *given) as server:
+        for key, status in {
+            None: 401,
+            "secret": 401 if given else 200,
+            "other": 200 if given else 401,
+        }.items():
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            assert httpx.get(f"{server.url}/models", headers=headers).status_code == status

@@ -36,7 +36,7 @@ def answer(connect: Connect, engine: Speaker, chat: bool) -> dict[str, Any]:
         asked = {
             "messages": [{"role": "user", "content": "h"}],
             "logprobs": True,
-            "top_logprobs": 1,
+            "top_logprobs": 10_000,
         }
 
     async def ask() -> dict[str, Any]:

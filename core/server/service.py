@@ -21,7 +21,7 @@ from core.server.deltas import Delta, Growth
 from core.server.logprobs import LogprobWriter
 from core.server.metrics import ServerMetrics
 from core.server.protocol import ChatRequest, CommonRequest, CompletionRequest
-from core.tokenizer import apply_chat_template
+from core.tokenizer import chat_prompt
 
 Prompt = str | list[int]
 Json = dict[str, Any]
@@ -227,30 +227,10 @@ class Service:
     async def _chat_job(self, request: ChatRequest) -> _Job:
         self._check_model(request)
         request.check()
-        tokenizer = self.engine.tokenizer
-        if tokenizer.chat_template is None:
-            raise RequestError(
-                "the model has no chat template; use /v1/completions with a prompt of your own"
-            )
+        messages = [_plain_content(m) for m in request.messages]
         variables = request.template_variables()
-        template = tokenizer.chat_template
-        if request.tools and tokenizer.tool_template is not None:
-            template = tokenizer.tool_template
-
-        def render() -> list[int]:
-            text = apply_chat_template(
-                template,
-                [_plain_content(m) for m in request.messages],
-                add_generation_prompt=True,
-                bos_token=tokenizer.bos_token,
-                eos_token=tokenizer.eos_token,
-                tools=request.tools,
-                variables=variables,
-            )
-            return tokenizer.encode(text, add_special_tokens=False)
-
         # A long conversation takes a while to render and tokenize: other streams go on meanwhile.
-        ids = await asyncio.to_thread(render)
+        ids = await asyncio.to_thread(chat_prompt, self.engine.tokenizer, messages, request.tools, variables)
         limit = request.max_completion_tokens
         if limit is None:
             limit = request.max_tokens

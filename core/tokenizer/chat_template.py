@@ -103,7 +103,9 @@ def chat_prompt(
     """
     template = (tokenizer.tool_template if tools else None) or tokenizer.chat_template
     if template is None:
-        raise ConfigError("the model has no chat template; use a prompt of your own")
+        raise ConfigError(
+            "the model has no chat template; give a prompt of your own (of a server, ask /v1/completions)"
+        )
     text = apply_chat_template(
         template,
         [dict(message) for message in messages],

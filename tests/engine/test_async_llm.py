@@ -178,7 +178,7 @@ def test_a_request_that_cannot_run_is_refused_and_the_others_go_on(
 )
 def test_values_that_cannot_cross_are_the_request_s_fault(folder: Path, extra: dict[str, Any]) -> None:
     async def body(llm: AsyncLLM) -> None:
-        with pytest.raises(RequestError, match="cannot be sent|it must be a"):
+        with pytest.raises(RequestError, match=r"cannot be sent|it must be a"):
             await last(llm.generate([5], SamplingParams(), **extra))
         assert (await last(llm.generate([5], SamplingParams(max_tokens=1)))).finished
 

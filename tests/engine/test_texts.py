@@ -98,3 +98,18 @@ def test_no_half_character_is_given_out() -> None:
     stream = IncrementalDetokenizer(Pieces(), (), True)  # type: ignore[arg-type]
     given = [stream.add([b]) for b in text.encode()]
     assert given == ["x", "", "", "日", "", "", "", "🙂", "y"] and stream.finish() == ""
+
+
+def test_of_stop_texts_that_one_token_completes_the_earliest_counts(tokenizer: Tokenizer) -> None:
+    pairs = (i for i in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(i)) > 1)
+    token = next(i for i in pairs if tokenizer.token_bytes(i).isalpha())
+    first, *_, last = tokenizer.token_bytes(token).decode()
+    assert first != last
+    for stop in ((first, last), (last, first)):
+        assert told(tokenizer, [*single(tokenizer, "."), token], stop=stop) == (".", first, 2)
+
+
+def test_an_output_that_ends_within_a_character_shows_that_it_does(tokenizer: Tokenizer) -> None:
+    ids = single(tokenizer, "aé")
+    assert told(tokenizer, ids[:2]) == ("a\ufffd", None, 2)
+    assert told(tokenizer, ids) == ("aé", None, 3)

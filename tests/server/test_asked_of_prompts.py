@@ -107,6 +107,28 @@ def test_a_clients_names_reach_the_template(connect: Connect) -> None:
     assert rendered(connect, effort, reasoning_effort="low") == "xlow"
 
 
+def test_tools_reach_the_template_that_is_made_for_them(connect: Connect) -> None:
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    shown = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}."
+    assert rendered(connect, shown, tools=tools) == "clock."
+    assert rendered(connect, shown) == "."
+    engine = FakeEngine()
+    engine.tokenizer.chat_template, engine.tokenizer.tool_template = "plain", "with tools"
+    for body in ({"tools": tools}, {}):
+        assert post(connect(engine), "chat/completions", **CHAT, **body).status_code == 200
+    assert ["".join(map(chr, asked[0])) for asked in engine.asked] == ["with tools", "plain"]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_usage_grows_with_the_stream_where_it_is_asked_for(connect: Connect, is_asked: bool) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": is_asked}
+    body = {**BODY["completions"], "max_tokens": 3, "stream": True, "stream_options": options}
+    *told, last = events(post(connect(), "completions", **body))
+    counts = [event["usage"]["completion_tokens"] for event in told if event.get("usage")]
+    assert counts == ([1, 2, 3] if is_asked else [])
+    assert last["usage"]["completion_tokens"] == 3 and last["choices"] == []
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

@@ -29,6 +29,10 @@ def test_what_may_become_a_stop_text_is_held_back_and_what_did_not_is_sent() -> 
     assert sent(SamplingParams(stop=("END",)), end=5) == ["a", "b", "", "", "ENx", "", "", ""]
 
 
+def test_what_never_became_a_stop_text_is_sent_at_the_end() -> None:
+    assert sent(SamplingParams(stop=("END",)), "abEN") == ["a", "b", "", "EN"]
+
+
 def test_nothing_is_held_back_where_the_stop_text_stays() -> None:
     params = SamplingParams(stop=("END",), include_stop_str_in_output=True)
     assert sent(params) == list(TEXT)

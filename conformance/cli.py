@@ -417,6 +417,8 @@ def new_backend(
         written = write_backend(name, folder)
     except ConfigError as error:
         _end(USAGE, str(error))
+    except OSError as error:
+        _end(USAGE, f"--out {folder} cannot be written ({error.strerror}); choose another folder")
     for path in written:
         typer.echo(path)
     typer.echo(

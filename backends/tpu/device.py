@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from backends.tpu.plugin import SPEC
 from core.contract.batch import Int32
-from core.contract.errors import DeviceError, OutOfMemoryError
+from core.contract.errors import ConfigError, DeviceError, OutOfMemoryError
 from core.contract.requests import DeviceRequest
 from core.contract.types import DeviceInfo, MemoryInfo
 
@@ -116,11 +116,14 @@ def open_device(request: DeviceRequest) -> TpuDevice:
 
     Raises:
         DeviceError: the platform or index does not exist, or more than one rank is asked for.
+        ConfigError: another option.
     """
     if request.world_size != 1:
         raise DeviceError(
             f"backend 'tpu' was opened with world_size {request.world_size}, but it serves 1 device; use tp=1"
         )
+    if unknown := sorted(set(request.options) - {"platform"}):
+        raise ConfigError(f"backend 'tpu' has no option {unknown[0]!r}; it has platform (cpu, gpu, tpu)")
     platform = request.options.get("platform")
     try:
         handles = jax.local_devices(backend=platform)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import keyword
 import re
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from core.contract import CONTRACT
@@ -24,6 +26,10 @@ _PLACES = {
 }
 
 
+_RESERVED = ("auto", "core")
+"""Words that the command line and the packages of core have."""
+
+
 def write_backend(name: str, folder: Path) -> list[Path]:
     """Write the package of backend `name` to `folder`; the paths written.
 
@@ -34,6 +40,9 @@ def write_backend(name: str, folder: Path) -> list[Path]:
         raise ConfigError(
             f"a backend cannot be named {name!r}; use lower case letters, digits and _, such as my_chip"
         )
+    taken = sorted(point.name for point in entry_points(group="core.backends"))
+    if name in (*taken, *_RESERVED) or keyword.iskeyword(name):
+        raise ConfigError(f"a backend cannot be named {name!r}: the name is taken; choose another one")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty; give another folder, so that nothing is overwritten")
     written = []

@@ -15,9 +15,9 @@ from conformance.levels.registration import KNOWN_DTYPES
 from conformance.opcases.base import Draw, table
 from conformance.opcases.cached import attention_spec, layer_of
 from conformance.world import Row, World
-from core.contract.errors import CoreError, UnsupportedError
+from core.contract.errors import ConfigError, CoreError, UnsupportedError
 from core.contract.opspecs import AttentionSpec, QScale, RouteSpec
-from core.contract.requests import AllocatorRequest, CommunicatorRequest, OpsRequest
+from core.contract.requests import AllocatorRequest, CommunicatorRequest, DeviceRequest, OpsRequest
 from core.contract.spec import BackendSpec
 from core.contract.types import CacheLayerSpec, PackRequest
 
@@ -198,6 +198,23 @@ _FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
+def _option(context: Context) -> None:
+    """An option that a backend does not know is never ignored."""
+    subject = context.subject
+    options = {**subject.target.options, "no_such_option": "1"}
+    request = DeviceRequest(index=subject.target.index, options=options)
+    try:
+        device = subject.handle.open_device(request)
+    except CoreError as error:
+        context.require(
+            isinstance(error, ConfigError | UnsupportedError),
+            f"an unknown option raises {type(error).__name__} ({error}), but ConfigError is wanted",
+        )
+        return
+    device.close()
+    raise Failed("a device opens with the option 'no_such_option', but ConfigError is wanted")
+
+
 def _probes(spec: BackendSpec) -> Iterator[tuple[str, Probe]]:
     rules = spec.attention
     yield "dtype-int3-cache", _changed_layer(dtype="int3")
@@ -227,6 +244,7 @@ def _probes(spec: BackendSpec) -> Iterator[tuple[str, Probe]]:
         yield "hidden-states", _hidden
     if not spec.batch.input_embeds:
         yield "input-embeds", _embeds
+    yield "option", _option
     yield "ranks", _ranks
     if spec.shapes.kind != "dynamic":
         yield "wrong-bucket", _wrong_bucket
@@ -236,7 +254,7 @@ def _probes(spec: BackendSpec) -> Iterator[tuple[str, Probe]]:
 def checks(spec: BackendSpec) -> Iterator[Check]:
     """See `conformance.catalogue`."""
     for name, run in _probes(spec):
-        about = f"{name}: not declared, so it is refused with UnsupportedError and nothing is held"
+        about = f"{name}: not declared, so it is refused with the typed error and nothing is held"
         yield Check(f"L0/refusals/{name}", run, about, is_waivable=False)
 
 

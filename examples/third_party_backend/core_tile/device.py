@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from core.contract.batch import Int32
-from core.contract.errors import DeviceError
+from core.contract.errors import ConfigError, DeviceError
 from core.contract.requests import DeviceRequest
 from core.contract.types import DeviceInfo, MemoryInfo
 
@@ -36,6 +36,8 @@ class HostDevice:
     """See `core.contract.interfaces.Device`."""
 
     def __init__(self, request: DeviceRequest) -> None:
+        if request.options:
+            raise ConfigError(f"backend 'tile' has no option {min(request.options)!r}; leave it out")
         found = {info.index: info for info in find_devices()}
         if request.index not in found:
             raise DeviceError(f"backend 'tile' has no device {request.index}; it has {sorted(found)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +164,27 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any], str, tuple[str, ...]]] = {
 """Name -> architecture, what its config has besides, profile, and features that a backend needs."""
 
 
+def sized(family: str, head_sizes: Collection[int]) -> str:
+    """The family's name, with a head size that a backend has where it has not the family's own:
+    "llama@128". `head_sizes`: () = any.
+    """
+    _, own, profile, _ = FAMILIES[family]
+    size = own.get("head_dim", _COMMON["hidden_size"] // _COMMON["num_attention_heads"])
+    if not head_sizes or size in head_sizes or profile == "latent":
+        return family
+    return f"{family}@{min(head_sizes)}"
+
+
 def write_folder(name: str, folder: Path, **changes: Any) -> Path:
-    """A folder with the family's config.json; its weights are those of `load_format` "dummy"."""
-    architecture, own, _, _ = FAMILIES[name]
+    """A folder with the family's config.json; its weights are those of `load_format` "dummy".
+
+    `name`: as `sized` gives it.
+    """
+    family, _, size = name.partition("@")
+    architecture, own, _, _ = FAMILIES[family]
     folder.mkdir(parents=True, exist_ok=True)
     config = {"architectures": [architecture], **_COMMON, **own, **changes}
+    if size:
+        config["head_dim"] = int(size)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder

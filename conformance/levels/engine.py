@@ -12,7 +12,7 @@ import numpy as np
 
 from conformance.bench import Array
 from conformance.check import Check, Context, Failed
-from conformance.families import FAMILIES, VOCAB
+from conformance.families import FAMILIES, VOCAB, sized
 from conformance.levels.kernels import oracle
 from conformance.levels.models import emulated_errors, is_wide
 from conformance.models import SHORT, folder_of, model_logits
@@ -198,7 +198,7 @@ def chunked(context: Context, family: str) -> None:
 
 def uneven(context: Context, family: str) -> None:
     size = context.spec.cache.block_sizes[0]
-    lengths = (min(2 * size, longest(context.spec) - OUTPUT) - 3, size // 2 + 1, size + 1, 3)
+    lengths = (max(4, min(2 * size, longest(context.spec) - OUTPUT) - 3), size // 2 + 1, size + 1, 3)
     asks = [Ask(f"r{i}", prompt(context, i, n)) for i, n in enumerate(lengths)]
     _pair(context, family, "beside longer and shorter ones", [asks])
 
@@ -222,8 +222,10 @@ def preempted(context: Context, family: str) -> None:
 def prefix_hit(context: Context, family: str) -> None:
     with engine_of(context, family) as engine:
         size = engine.cache.plan.groups[0].block_size
-        first = Ask("first", prompt(context, 1, 2 * size + 5))
-        ends = {"block": size, "block-and-1": size + 1, "two-blocks": 2 * size, "all": 2 * size + 5}
+        # Two blocks where a sequence may be that long, else one.
+        whole = 2 * size if 2 * size + 12 + OUTPUT < longest(context.spec) else size
+        first = Ask("first", prompt(context, 1, whole + 5))
+        ends = {"block": size, "block-and-1": size + 1, "last block": whole, "all": whole + 5}
         longer = {
             name: Ask(name, (*first.prompt[:shared], *prompt(context, 2, 7)), first.params)
             for name, shared in ends.items()
@@ -342,9 +344,11 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
         for run, about in ABOUT.items():
             yield Check(
                 f"L5/engine/{run.__name__.replace('_', '-')}-{family}",
-                partial(run, family=family),
+                partial(run, family=sized(family, spec.attention.head_sizes)),
                 f"{family}: {about}",
                 needs,
+                # Where requests run one by one, none takes another's blocks.
+                supported=lambda spec, run=run: run is not preempted or spec.batch.max_requests != 1,  # type: ignore[misc]
                 profile=profile,
                 timeout_s=180.0,
                 is_waivable=run not in _STRICT,

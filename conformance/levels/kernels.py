@@ -38,7 +38,9 @@ def widened(world: World) -> World:
         state = tuple(replace(part, dtype="float64") for part in spec.state)
         return replace(spec, dtype="float64", state=state)
 
-    return replace(world, layers=tuple(layer(spec) for spec in world.layers))
+    # A size of blocks that the oracle has not is nothing to a result.
+    size = world.block_size if world.block_size in oracle().spec.cache.block_sizes else 8
+    return replace(world, layers=tuple(layer(spec) for spec in world.layers), block_size=size)
 
 
 def in_dtype(world: World, dtype: str) -> World:

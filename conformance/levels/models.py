@@ -10,7 +10,7 @@ import numpy as np
 from conformance.bench import Array
 from conformance.check import Check, Context, Failed
 from conformance.emulation import EmulatedOps
-from conformance.families import FAMILIES, VOCAB
+from conformance.families import FAMILIES, VOCAB, sized
 from conformance.levels.kernels import oracle
 from conformance.models import model_logits, sample
 from conformance.tolerance import UNIT_ROUNDOFF, Precision
@@ -63,7 +63,9 @@ def family_logits(context: Context, family: str) -> None:
     """Of a tiny model of the family, with drawn weights and ids."""
     seed = context.seed % 2**31
     ids = np.random.default_rng(seed).integers(0, VOCAB, LENGTH)
-    hold(context, family, tuple(ids.tolist()), seed, "routed_experts" in FAMILIES[family][3])
+    hold(
+        context, family, tuple(ids.tolist()), seed, "routed_experts" in FAMILIES[family.partition("@")[0]][3]
+    )
 
 
 def sample_logits(context: Context) -> None:
@@ -114,7 +116,7 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
     for family, (_, _, profile, needs) in FAMILIES.items():
         yield Check(
             f"L4/models/{family}",
-            partial(family_logits, family=family),
+            partial(family_logits, family=sized(family, spec.attention.head_sizes)),
             f"logits of a tiny {family}, in chunks, mixed steps and single tokens, at every position",
             needs,
             profile=profile,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from conformance.check import Check, Context, Failed
-from conformance.families import FAMILIES
+from conformance.families import FAMILIES, sized
 from conformance.levels.engine import LENGTH, OUTPUT, Ask, engine_of, play, prompt, right, same
 from core.contract.errors import CoreError, EngineDead
 from core.contract.spec import BackendSpec
@@ -116,12 +116,22 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
             timeout_s=180.0,
         )
 
+    sizes = spec.attention.head_sizes
     for family in MODELS:
         needs = FAMILIES[family][3]
         about = f"{family}: greedy tokens on two ranks are those on one, and the oracle's"
-        yield check(f"tensor-parallel/greedy-{family}", partial(greedy, family=family), about, needs)
+        yield check(
+            f"tensor-parallel/greedy-{family}",
+            partial(greedy, family=sized(family, sizes)),
+            about,
+            needs,
+        )
     about = "drawn tokens on two ranks are those on one, until a draw that is not decided"
-    yield check("tensor-parallel/seeded-llama", partial(seeded, family="llama"), about)
+    yield check(
+        "tensor-parallel/seeded-llama",
+        partial(seeded, family=sized("llama", sizes)),
+        about,
+    )
     about = "heads that cannot be cut equally are refused before a rank starts"
     yield check("refusals/undivided", undivided, about)
     yield check("refusals/too-many", too_many, "more ranks than are declared are refused")

@@ -31,7 +31,9 @@ Backend = Annotated[
     str, typer.Option(help="a backend's name, or MODULE:OBJECT of a plugin that is not installed")
 ]
 Levels = Annotated[str, typer.Option(help="a level, a range or a list: L2, L0..L5, L0,L2")]
-Dtype = Annotated[str, typer.Option(help="compute dtype; auto = the backend's first")]
+Dtype = Annotated[
+    str, typer.Option(help="compute dtype; auto = float32, or the backend's first where it has not that")
+]
 Options = Annotated[
     list[str] | None, typer.Option("--option", help="backend option as NAME=VALUE; may be repeated")
 ]
@@ -86,7 +88,7 @@ def run(
     profile: Annotated[
         str, typer.Option(help="profiles, separated by commas; each must be supported whole")
     ] = "",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     device: Annotated[int, typer.Option(min=0, help="index of the device")] = 0,
     option: Options = None,
     seed: Annotated[str, typer.Option(help="auto, or up to 16 hexadecimal digits")] = "auto",
@@ -157,7 +159,7 @@ def run(
 def list_(
     backend: Backend,
     level: Levels = "L0..L7",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     option: Options = None,
 ) -> None:
     """The ids of all checks that concern a backend, and which of them it does not support."""

@@ -6,11 +6,13 @@ from collections.abc import Sequence as Rows
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of NumPy)
 import numpy as np
 import numpy.typing as npt
 
 from conformance.subject import Subject
 from core.contract.batch import StepBatch, StepLayout
+from core.contract.errors import ConfigError
 from core.contract.interfaces import CompileRequest
 from core.contract.requests import AllocatorRequest, OpsRequest
 from core.contract.types import Bucket, CachePlan, PackRequest, SampledTokens, SamplingBatch
@@ -59,6 +61,29 @@ def repeated(one: SamplingBatch, n: int, **keys: npt.NDArray[Any]) -> SamplingBa
     return replace(one, **{**many, **keys})
 
 
+def _split(logits: Float32, dtype: str) -> dict[str, Float32]:
+    """Finite logits [K, V] as a wide product of numbers of a narrow dtype: rows [K, 3K] times columns
+    [V, 3K], of whose terms all but three are 0, and those three add up to the logit exactly.
+    """
+    rest, parts = logits.astype(np.float64), []
+    for scale in _SCALES:
+        near = (rest / scale).astype(np.dtype(dtype))
+        # Towards zero, so that no partial sum is larger than the logit: then each is exact in any order.
+        is_over = np.abs(near.astype(np.float64)) > np.abs(rest / scale)
+        part = np.where(is_over, np.nextafter(near, np.zeros_like(near)), near).astype(np.float64)
+        parts.append(part)
+        rest = rest - part * scale
+    if not np.isfinite(logits).all() or rest.any():
+        raise ConfigError(f"these logits have no exact form in {dtype}; this is a fault of the suite")
+    rows = np.kron(np.eye(len(logits)), np.array([_SCALES]))
+    columns = np.stack(parts, 1).reshape(-1, logits.shape[1]).T
+    return {"rows": rows.astype(np.float32), "columns": columns.astype(np.float32)}
+
+
+_SCALES = (1.0, 2.0**-7, 2.0**-14)
+"""Parts of a logit are kept times these: float16 has no small numbers."""
+
+
 class Drawer:
     """Steps of `rows` requests on a backend, whose logits are rows of a table.
 
@@ -69,23 +94,30 @@ class Drawer:
     def __init__(self, subject: Subject, logits: Float32, rows: int) -> None:
         hooks, device = subject.handle, subject.device
         allocator = hooks.memory_allocator(AllocatorRequest(device=device))
-        ops = hooks.ops(OpsRequest(device=device, dtype="float32"))
+        dtypes = subject.spec.dtypes
+        dtype = "float32" if "float32" in dtypes else dtypes[0]
+        ops = hooks.ops(OpsRequest(device=device, dtype=dtype))
         self._plan = CachePlan(layers=(), groups=(), group_of=(), max_requests=rows)
         bucket = Bucket(tokens=rows, requests=rows, widths=(), kind="decode", max_query=1, max_seq=1 << 20)
         self._layout = StepLayout.of(bucket, self._plan, subject.spec.batch)
         self._rows = rows
         self._state = allocator.allocate_state(self._plan)
-        table = PackRequest(array=logits, uses=("embed",), dtype="float32", name="logits")
+        arrays = {"rows": logits} if dtype == "float32" else _split(logits, dtype)
+        uses = {"rows": ("embed",), "columns": ("linear",)}
 
         def fn(ops: Any, weights: Any, caches: Any, step: Any) -> Any:
-            return ops.take(ops.embed(weights[0], ops.select_tokens(step)), step.sample_rows), caches
+            found = ops.take(ops.embed(weights[0], ops.select_tokens(step)), step.sample_rows)
+            return (ops.linear(found, weights[1], wide=True) if weights[1:] else found), caches
 
         self._program = hooks.compile(
             CompileRequest(
                 device=device,
                 fn=fn,
                 ops=ops,
-                weights=(allocator.pack(table),),
+                weights=tuple(
+                    allocator.pack(PackRequest(array=array, uses=uses[name], dtype=dtype, name=name))
+                    for name, array in arrays.items()
+                ),
                 state=self._state,
                 layout=self._layout,
                 plan=self._plan,

@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--backend", help="a backend's name, or MODULE:OBJECT of one that is not installed")
     group.addoption("--level", default="L0..L5", help="a level, a range or a list (L0..L5)")
     group.addoption("--profile", default="", help="claimed profiles: what they lack fails")
-    group.addoption("--dtype", default="float32", help="compute dtype (float32)")
+    group.addoption("--dtype", default="auto", help="compute dtype; auto = float32, or the backend's first")
     group.addoption("--constraints", default="", help="rules of other hardware to obey")
     group.addoption("--seed", default="auto", help="auto, or up to 16 hexadecimal digits")
     group.addoption("--full", action="store_true", help="every check, not the quick ones only")

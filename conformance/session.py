@@ -298,6 +298,10 @@ class Session:
                 self._say(f"WAIVER  {result.message}")
         reports.write(report, self._request.out)
         self._say(f"{report.verdict}\n{self._request.out / 'report.html'}")
+        if wrong := [r.id for r in results if r.status in (Status.FAIL, Status.CRASH, Status.TIMEOUT)]:
+            self._say(
+                f"one alone: core conformance repro {self._request.out / 'report.json'} {wrong[0]} --debug"
+            )
         return report
 
     # What is shown

@@ -97,7 +97,8 @@ class Subject:
 
     @classmethod
     def declared(cls, target: Target) -> Subject:
-        """As `of`, with a dtype that the backend declares: "auto" becomes its first.
+        """As `of`, with a dtype that the backend declares: "auto" becomes float32, or its first where it has
+        not that.
 
         Raises:
             BackendMissing, BackendRefused: as these say. ConfigError: it declares no such dtype, or there are
@@ -106,10 +107,12 @@ class Subject:
         subject = cls.of(target)
         dtypes = subject.spec.dtypes
         if target.dtype == "auto":
-            return cls(replace(target, dtype=dtypes[0]), subject.handle, subject.watch)
+            dtype = "float32" if "float32" in dtypes else dtypes[0]
+            return cls(replace(target, dtype=dtype), subject.handle, subject.watch)
         if target.dtype not in dtypes:
             raise ConfigError(
-                f"dtype is {target.dtype!r}, but backend {target.backend!r} declares {', '.join(dtypes)}"
+                f"dtype is {target.dtype!r}, but backend {target.backend!r} declares {', '.join(dtypes)}; "
+                "give one of them as --dtype"
             )
         return subject
 

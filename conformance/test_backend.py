@@ -40,12 +40,9 @@ class Run:
             raise pytest.UsageError("no backend is given; run pytest --pyargs conformance --backend NAME")
         try:
             seed = _seed(config.getoption("--seed"))
-            target = Target(name, config.getoption("--dtype"), constraints=config.getoption("--constraints"))
-            subject = Subject.of(target)
-            if target.dtype not in subject.spec.dtypes:
-                raise ConfigError(
-                    f"dtype is {target.dtype!r}, but the backend has {', '.join(subject.spec.dtypes)}"
-                )
+            asked = Target(name, config.getoption("--dtype"), constraints=config.getoption("--constraints"))
+            subject = Subject.declared(asked)
+            target = subject.target
             levels = parse_levels(config.getoption("--level"))
             check_levels(target.constraints, levels)
             claimed = tuple(filter(None, config.getoption("--profile").split(",")))

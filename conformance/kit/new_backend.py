@@ -23,6 +23,7 @@ _PLACES = {
     "ops.py": "core_{name}/ops.py",
     "compiler.py": "core_{name}/compiler.py",
     "waivers.toml": "core_{name}/waivers.toml",
+    "gitignore": ".gitignore",
 }
 
 

@@ -173,6 +173,10 @@ def after_no_number(context: Context, mix: str) -> None:
     context.equal(fed, wanted, "tokens of the next step, fed from `last`")
 
 
+_AS_THEY_ARE = ("dtypes:float32",)
+"""Where logits come from a product of a narrow dtype, a NaN in one row would be one in all."""
+
+
 def checks(spec: BackendSpec) -> Iterator[Check]:
     """See `conformance.catalogue`."""
     for which in ENDS:
@@ -193,8 +197,8 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
     for kind in ("plain", "cut", "told", "ranked"):
         for mix in TEMPERATURES:
             run = partial(not_a_number, mix=mix, kind=kind)
-            yield Check(f"L2/sampling/not-a-number-{kind}-{mix}", run, about, is_waivable=False)
+            yield Check(f"L2/sampling/not-a-number-{kind}-{mix}", run, about, _AS_THEY_ARE, is_waivable=False)
     about = "after a row that drew nothing, `last` has id 0 for it, and its own token for every other"
     for mix in TEMPERATURES:
         run = partial(after_no_number, mix=mix)
-        yield Check(f"L2/sampling/after-not-a-number-{mix}", run, about, is_waivable=False)
+        yield Check(f"L2/sampling/after-not-a-number-{mix}", run, about, _AS_THEY_ARE, is_waivable=False)

@@ -57,7 +57,7 @@ class World:
     block_size: int = 8
     seed: int = 5
     outputs: Outputs = field(default_factory=lambda: Outputs(all_logits=True))
-    max_verify: int = 4
+    max_verify: int = 8
     multiple: int = 1
 
     def fitted(self, spec: BackendSpec) -> World:
@@ -229,9 +229,9 @@ class World:
         """Steps of all kinds until every token was seen.
 
         Sequences start one step apart, each with a chunk that ends within a block; then single tokens, a
-        verification of two or three, and longer chunks take turns.
+        verification of two to seven, and longer chunks take turns.
         """
-        counts = (self.block_size + 3, 1, 3, 1, 1, 5, 2)
+        counts = (self.block_size + 3, 1, 7, 1, 3, 1, 5, 2)
         at = [0] * len(self.lengths)
         turn = [0] * len(self.lengths)
         steps: list[list[Row]] = []

@@ -47,13 +47,25 @@ def ends(context: Context, which: str) -> None:
     context.equal(found, np.where(wins, ids, others), f"tokens at the {which} random words")
 
 
+_BESIDE = (
+    P(temperature=0),
+    P(),
+    P(temperature=0.6, top_k=7),
+    P(allowed_token_ids=tuple(range(0, 131, 2))),
+    P(temperature=0, allowed_token_ids=tuple(range(1, 131, 3))),
+    P(top_p=0.7, min_p=0.01),
+    P(logit_bias={3: 2.0, 40: -1.5}, top_k=20),
+)
+"""What stands beside penalties, row by row."""
+
+
 def penalties(context: Context, low: float, high: float) -> None:
     """Presence, frequency and repetition, each by its row's history, on logits from `low` to `high`."""
     vocab, rows = 131, 48
     rng = context.rng()
     logits: Float32 = rng.uniform(low, high, (rows, vocab)).astype(np.float32)
     batch = replace(
-        batch_of([Draw(P(temperature=i % 2), context.seed + i) for i in range(rows)], vocab),
+        batch_of([Draw(_BESIDE[i % len(_BESIDE)], context.seed + i) for i in range(rows)], vocab),
         presence=rng.choice([0.0, 0.7, -1.0], rows).astype(np.float32),
         frequency=rng.choice([0.0, 0.4, 1.5], rows).astype(np.float32),
         repetition=rng.choice([1.0, 1.4, 0.7, 2.0], rows).astype(np.float32),
@@ -83,7 +95,9 @@ def log_probabilities(context: Context, vocab: int, most: int, ask: str) -> None
     at = np.arange(rows)
     asks = {"all": at >= 0, "some": at % 3 > 0, "none": at < 0}[ask]
     counts = [most - i % 2 * (most > 1) if asks[i] else None for i in range(rows)]
-    draws = [Draw(P(logprobs=n, temperature=i % 2), context.seed + i) for i, n in enumerate(counts)]
+    biased = {int(i): 4.0 for i in np.arange(0, vocab, 7)}
+    ways = (P(temperature=0), P(), P(temperature=0.4), P(temperature=2.5, top_k=6), P(logit_bias=biased))
+    draws = [Draw(replace(ways[i % len(ways)], logprobs=n), context.seed + i) for i, n in enumerate(counts)]
     batch = batch_of(draws, vocab)
     if ask == "none":
         batch = replace(batch, logprobs=np.full(rows, -1, np.int32))

@@ -29,6 +29,10 @@ from core.contract.spec import BackendSpec, check_capabilities
 from core.contract.types import CacheLayerSpec, StatePart
 
 LENGTHS = (29, 5, 18)
+LONG = (150, 5, 70)
+"""Where a window is wider than the others are long."""
+HEADS = (16, 32, 40, 48, 64, 72, 80, 96, 112, 128, 160, 192, 256)
+"""Head sizes of models, each of which a backend may have alone."""
 SCHEDULES = ("whole", "mixed")
 ALL_SCHEDULES = ("whole", "leaving", "mixed")
 
@@ -70,6 +74,10 @@ ATTENTION: dict[str, tuple[AttentionSpec, int | None]] = {
     "non-causal": (attention_spec(causal=False), None),
     "non-causal-chunk": (attention_spec(causal=False, chunk=6), None),
     "q-scale": (attention_spec(q_scale=QScale(factor=0.4, floor=4)), None),
+    "soft-cap-sinks": (attention_spec(soft_cap=1.5, sinks=True), None),
+    "window-16": (attention_spec(window=16), None),
+    "window-64": (attention_spec(window=64), None),
+    **{f"head-{size}": (attention_spec(H=size), None) for size in HEADS},
 }
 
 
@@ -92,7 +100,7 @@ def declares(*records: object, lse: bool = False) -> Any:
 
 def attention_cases() -> Iterator[Case]:
     for name, (spec, window) in ATTENTION.items():
-        world = World(LENGTHS, (layer_of(spec, window=window),))
+        world = World(LONG if spec.window == 64 else LENGTHS, (layer_of(spec, window=window),))
         draw, n = Draw(len(name)), world.num_tokens
         q = draw(n, spec.num_heads, spec.head_size)
         k = draw(n, spec.num_kv_heads, spec.head_size)
@@ -100,8 +108,11 @@ def attention_cases() -> Iterator[Case]:
         sinks = draw(spec.num_heads) if spec.sinks else None
         source, slices = table(q, k, v)
         inputs = {"x": source, "sinks": bias_use(np.zeros(1) if sinks is None else sinks)}
-        schedules = ALL_SCHEDULES if name in ("grouped", "window-group") else SCHEDULES
-        for part in ("out", "lse"):
+        schedules: tuple[str, ...] = ALL_SCHEDULES if name in ("grouped", "window-group") else SCHEDULES
+        is_size = name.startswith("head-")
+        if is_size:
+            schedules = ("mixed",)
+        for part in ("out",) if is_size else ("out", "lse"):
 
             def fn(
                 ops: Any, w: Any, caches: Any, step: Any, spec: Any = spec, s: Any = slices, part: str = part

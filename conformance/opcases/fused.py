@@ -36,7 +36,7 @@ from conformance.opcases.cached import (
 from conformance.tolerance import Precision
 from conformance.world import World
 from core.contract.ops import Ops
-from core.contract.opspecs import Rope, RopeSpec
+from core.contract.opspecs import AttentionSpec, QScale, Rope, RopeSpec
 from core.contract.types import Outputs
 
 WORLD = World((9, 1, 14))
@@ -162,14 +162,33 @@ def embedded(x: Any, scale: float | None, p: Precision) -> Bounded:
     return Bounded(y, (0.0 if scale is None else 2 * p.u_acc + p.u_out) * np.abs(y) + p.tiny)
 
 
+_WINDOW = attention_spec(window=12)
+_WHOLE, _PAIRS, _PART = (
+    RopeSpec(rotary_size=8),
+    RopeSpec(rotary_size=8, interleaved=True),
+    RopeSpec(rotary_size=4),
+)
+ATTENTION: dict[str, tuple[AttentionSpec, bool, RopeSpec | None]] = {
+    "all": (_WINDOW, True, _WHOLE),
+    "rope": (_WINDOW, False, _WHOLE),
+    "norm": (_WINDOW, True, None),
+    "pairs": (attention_spec(), False, _PAIRS),
+    "part": (attention_spec(soft_cap=1.5), True, _PART),
+    "chunk-pairs": (attention_spec(chunk=6), True, _PAIRS),
+    "q-scale": (attention_spec(q_scale=QScale(factor=0.4, floor=4)), True, None),
+    "non-causal": (attention_spec(causal=False), False, _WHOLE),
+    "wide-heads": (attention_spec(H=64), True, RopeSpec(rotary_size=64)),
+}
+"""Name -> attention, whether queries and keys are normed, and how they are rotated."""
+
+
 def attention_cases() -> Iterator[Case]:
-    spec = attention_spec(window=12)
-    N, K, H = spec.num_heads, spec.num_kv_heads, spec.head_size
-    for name, normed, rotated in (("all", True, True), ("rope", False, True), ("norm", True, False)):
+    for name, (spec, normed, rotation) in ATTENTION.items():
+        N, K, H = spec.num_heads, spec.num_kv_heads, spec.head_size
         world, draw = World(LENGTHS, (layer_of(spec),)), Draw(51)
         n = world.num_tokens
         q, k, v, qn, kn = draw(n, N, H), draw(n, K, H), draw(n, K, H), draw.norm(H), draw.norm(H)
-        angles, at = rotary(64, H), positions(world)
+        angles, at = rotary(64, rotation.rotary_size if rotation else H), positions(world)
         source, slices = table(q, k, v)
         inputs = {"x": source, "qn": norm_use(qn), "kn": norm_use(kn), "r": constant_use(angles)}
 
@@ -181,10 +200,12 @@ def attention_cases() -> Iterator[Case]:
             step: Any,
             slices: Any = slices,
             normed: bool = normed,
-            rotated: bool = rotated,
+            rotation: Any = rotation,
+            spec: Any = spec,
         ) -> Any:
+            N, K, H = spec.num_heads, spec.num_kv_heads, spec.head_size
             q, k, v = activations(ops, w, step, slices)
-            rope = Rope(w["r"], RopeSpec(rotary_size=H)) if rotated else None
+            rope = Rope(w["r"], rotation) if rotation else None
             weights = (w["qn"], w["kn"]) if normed else (None, None)
             out, cache = apply(
                 q.reshape(-1, N, H),
@@ -209,15 +230,17 @@ def attention_cases() -> Iterator[Case]:
             qn: Any = qn,
             kn: Any = kn,
             normed: bool = normed,
-            rotated: bool = rotated,
+            rotation: Any = rotation,
+            spec: Any = spec,
             at: Any = at,
             angles: Any = angles,
         ) -> Bounded:
             a, b = Bounded(q), Bounded(k)
             if normed:
                 a, b = dense.norm(a, qn, EPS, p), dense.norm(b, kn, EPS, p)
-            if rotated:
-                a, b = (dense.rope(x, at, H, False, angles, p) for x in (a, b))
+            if rotation:
+                size, pairs = rotation.rotary_size, rotation.interleaved
+                a, b = (dense.rope(x, at, size, pairs, angles, p) for x in (a, b))
             return per_sequence(world, lambda t: dense.attend(a[t], b[t], Bounded(v[t]), spec, None, p)[0])
 
         yield fused(
@@ -227,7 +250,7 @@ def attention_cases() -> Iterator[Case]:
             inputs,
             call,
             exact,
-            schedules=SCHEDULES,
+            schedules=SCHEDULES if spec.causal else ("whole",),
             supported=declares(spec),
         )
 

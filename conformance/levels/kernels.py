@@ -68,7 +68,8 @@ def bench_of(context: Context, case: Case, world: World) -> Bench:
 
 def checks(spec: BackendSpec) -> Iterator[Check]:
     """See `conformance.catalogue`."""
-    for case in (*plain.cases(), *cached.cases(), *fused.cases()):
+    blocks = cached.block_cases(sorted(spec.cache.block_sizes))
+    for case in (*plain.cases(), *cached.cases(), *blocks, *fused.cases()):
         for schedule in case.schedules:
             yield _check(case, schedule, "rule-a", _rule_a(case, schedule))
         if case.world.layers:

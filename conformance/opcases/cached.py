@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -98,9 +98,22 @@ def declares(*records: object, lse: bool = False) -> Any:
     return supported
 
 
-def attention_cases() -> Iterator[Case]:
-    for name, (spec, window) in ATTENTION.items():
-        world = World(LONG if spec.window == 64 else LENGTHS, (layer_of(spec, window=window),))
+def block_cases(sizes: Iterable[int]) -> Iterator[Case]:
+    """A case for each size of blocks that a backend declares, over two of them and a part, or over one where
+    they are large.
+    """
+    for size in sizes:
+        lengths = (min(2 * size, 140) + 3, 5, size + 1)
+        world = World(lengths, (layer_of(attention_spec()),), block_size=size)
+        yield from attention_cases({f"block-{size}": (attention_spec(), None)}, world)
+
+
+def attention_cases(
+    entries: Mapping[str, tuple[AttentionSpec, int | None]] = ATTENTION, given: World | None = None
+) -> Iterator[Case]:
+    for name, (spec, window) in entries.items():
+        lengths = LONG if spec.window == 64 else LENGTHS
+        world = given or World(lengths, (layer_of(spec, window=window),))
         draw, n = Draw(len(name)), world.num_tokens
         q = draw(n, spec.num_heads, spec.head_size)
         k = draw(n, spec.num_kv_heads, spec.head_size)
@@ -109,7 +122,7 @@ def attention_cases() -> Iterator[Case]:
         source, slices = table(q, k, v)
         inputs = {"x": source, "sinks": bias_use(np.zeros(1) if sinks is None else sinks)}
         schedules: tuple[str, ...] = ALL_SCHEDULES if name in ("grouped", "window-group") else SCHEDULES
-        is_size = name.startswith("head-")
+        is_size = name.startswith(("head-", "block-"))
         if is_size:
             schedules = ("mixed",)
         for part in ("out",) if is_size else ("out", "lse"):

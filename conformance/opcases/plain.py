@@ -309,16 +309,19 @@ def route_cases() -> Iterator[Case]:
 
 
 def expert_cases() -> Iterator[Case]:
-    D, F, E, k = 16, 12, 6, 3
+    D, F, k = 16, 12, 3
     for name, activation, biased, on_input, limit, moved in (
         ("plain", "silu", False, False, None, False),
+        ("crowded", "silu", False, False, None, False),
         ("bias", "gelu_tanh", True, False, None, False),
         ("swigluoai", "swigluoai", True, False, 1.5, False),
         ("on-input", "silu", False, True, None, False),
         ("moved", "silu", False, False, None, True),
     ):
-        draw = Draw(len(name))
+        draw, E = Draw(len(name)), 12 if name == "crowded" else 6
         x, logits = draw(T, D), draw(T, E)
+        if name == "crowded":
+            logits[:, :k] = (8.0, 8.5, 9.0)  # every token has the same experts, and none may be dropped
         gate_up = np.stack([draw.weight(2 * F, D) for _ in range(E)])
         down = np.stack([draw.weight(D, F) for _ in range(E)])
         b_in, b_out = draw(E, 2 * F), draw(E, D)
@@ -344,6 +347,7 @@ def expert_cases() -> Iterator[Case]:
             slices: Any = slices,
             biased: bool = biased,
             moved: bool = moved,
+            E: int = E,
         ) -> Any:
             x, logits = activations(ops, w, step, slices)
             ids, weights = ops.route(logits, route)

@@ -1,0 +1,136 @@
+"""Faults that show only where two things meet, or at one size: checks of their own family find them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from conformance.catalogue import catalogue
+from conformance.subject import Subject, Target
+from conformance.worker import run_check
+from conformance.zoo.clone import edited, load, sources
+from core.plugins import Plugins
+
+Edit = tuple[str, str, str]
+
+_DRAW = "sampled = self._sampler(logits, sampling)"
+_BLOCK = "block = fields.block_table[row, positions // fields.block_size]"
+_WINDOW = "first = max(first, position - spec.window + 1)"
+_SEEN = "seen = visible(position, row.length, spec)"
+_FUSED = "attention.attend(q, k, v, cache, step, spec, sinks)\n        return self._round(out), cache"
+
+
+def sampler(changed: str) -> list[Edit]:
+    """A sampler that is given changed parameters."""
+    return [
+        ("compiler", _DRAW, f"sampling = replace(sampling, {changed})\n        {_DRAW}"),
+        ("compiler", "import numpy as np\n", "from dataclasses import replace\n\nimport numpy as np\n"),
+    ]
+
+
+def fused(changed: str) -> list[Edit]:
+    """A fused attention whose spec is changed."""
+    return [
+        ("ops", _FUSED, _FUSED.replace("spec, sinks", f"replace(spec, {changed}), sinks")),
+        ("ops", "import numpy as np\n", "from dataclasses import replace\n\nimport numpy as np\n"),
+    ]
+
+
+FAULTS: dict[str, tuple[str, list[Edit]]] = {
+    "a temperature below 1 is taken as 1": (
+        "L2/sampling/",
+        sampler("temperature=np.where(sampling.temperature > 0, np.maximum(sampling.temperature, 1), 0)"),
+    ),
+    "a small top-p is raised": (
+        "L2/sampling/",
+        sampler("top_p=np.maximum(sampling.top_p, np.float32(0.25))"),
+    ),
+    "penalties are left out beside a mask": (
+        "L2/sampling/",
+        sampler("history=None if sampling.bitmask is not None else sampling.history"),
+    ),
+    "penalties are left out beside top-k": (
+        "L2/sampling/",
+        sampler("history=None if (sampling.top_k > 0).any() else sampling.history"),
+    ),
+    "another scale for wide heads": (
+        "L2/attend/",
+        [
+            (
+                "attention",
+                "spec.scale * (keys[kv] @ queries[n])",
+                "(spec.scale if spec.head_size < 80 else 0.09) * (keys[kv] @ queries[n])",
+            )
+        ],
+    ),
+    "a window of whole tiles is one short": (
+        "L2/attend/",
+        [("attention", _WINDOW, _WINDOW[:-1] + " + (spec.window % 16 == 0))")],
+    ),
+    "no sink beside a soft cap": (
+        "L2/attend/",
+        [
+            (
+                "attention",
+                "None if sinks is None else",
+                "None if sinks is None or spec.soft_cap is not None else",
+            )
+        ],
+    ),
+    "a long verification sees its future": (
+        "L2/attend/",
+        [
+            (
+                "attention",
+                _SEEN,
+                f"{_SEEN}\n            if 6 <= len(row.tokens) <= 8 and step.query_kind[row.number] == 1:"
+                "\n                seen = np.arange(row.length)",
+            )
+        ],
+    ),
+    "wide blocks are written one place off": (
+        "L2/attend/",
+        [
+            (
+                "allocator",
+                _BLOCK,
+                f"{_BLOCK}\n        if fields.block_size >= 32:\n"
+                "            positions = np.maximum(positions - 1, 0)",
+            )
+        ],
+    ),
+    "fused attention forgets chunks": ("L2/norm_rope_attend/", fused("chunk=None")),
+    "fused attention is always causal": ("L2/norm_rope_attend/", fused("causal=True")),
+    "fused attention forgets the scale by position": ("L2/norm_rope_attend/", fused("q_scale=None")),
+    "an expert takes so many tokens and no more": (
+        "L2/experts/",
+        [
+            ("experts", "    out = np.zeros(x.shape)\n", "    out, load = np.zeros(x.shape), {}\n"),
+            (
+                "experts",
+                "            if slot < 0:  #",
+                "            load[int(chosen)] = load.get(int(chosen), 0) + 1\n"
+                "            if load[int(chosen)] > 2 * x.shape[0] * ids.shape[1] // spec.num_experts:\n"
+                "                continue\n            if slot < 0:  #",
+            ),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_by_its_own_family(name: str) -> None:
+    family, edits = FAULTS[name]
+    module = load(edited(sources(), edits), f"conformance_combined_{list(FAULTS).index(name)}")
+    target = Target("cpu_reference", "float32")
+    subject = Subject(target, Plugins(disabled=frozenset()).register_backend(module, "cpu_reference"))
+    checks = [
+        check
+        for check in catalogue(subject.spec, target, 2)
+        if re.match(family, check.id) and "distribution" not in check.id and check.is_quick
+    ]
+    results = (run_check(check, subject, 2) for check in checks if check.supported(subject.spec))
+    found = next((result for result in results if result.status != "pass"), None)
+    assert found is not None, f"{len(checks)} checks of {family} found nothing"
+    assert found.status == "fail" and "unexpected" not in found.message, found.message

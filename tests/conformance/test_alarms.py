@@ -39,8 +39,8 @@ def alarms(*options: object) -> tuple[int, str]:
     [
         ((), ["float32"]),
         (("--dtype", "float64"), ["float64"]),
-        (("--dtype", "auto"), ["float64"]),
-        (("--dtype", "auto", "--backend", "cpu", "--backend", "cpu_reference"), ["float32", "float64"]),
+        (("--dtype", "auto"), ["float32"]),
+        (("--dtype", "auto", "--backend", "cpu", "--backend", "cpu_reference"), ["float32", "float32"]),
     ],
 )
 def test_runs_and_results_have_the_dtype_that_was_asked_for(

@@ -253,7 +253,7 @@ def test_tokenizing_a_long_prompt_does_not_hold_the_others_up(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(llm: AsyncLLM) -> None:
-        def slow(tokenizer: object, text: str) -> list[int]:
+        def slow(tokenizer: object, text: str, add_special_tokens: bool = True) -> list[int]:
             time.sleep(0.3)
             return [5, 6, 7]
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import httpx
 import openai
@@ -52,6 +55,13 @@ class Server:
         self.process.send_signal(number)
         return self.process.wait(30)
 
+    def next_line(self) -> str:
+        """The next line on its standard output, which must come soon."""
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], 10)
+        assert ready, "the server says nothing"
+        return self.process.stdout.readline()
+
     def last_words(self) -> str:
         """What the server says at its end, which must be an orderly one."""
         assert self.process.wait(30) == 0 and self.process.stdout is not None
@@ -59,8 +69,8 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, *options: str) -> Iterator[Server]:
-    """A server of the null backend on a free port."""
+def serving(folder: Path, *options: str, errors: IO[str] | None = None) -> Iterator[Server]:
+    """A server of the null backend on a free port; `errors` gets its standard error."""
     arguments = [str(folder), "--backend", "null", "--dtype", "float32", "--port", "0"]
     arguments += [
         "--max-model-len",
@@ -70,7 +80,9 @@ def serving(folder: Path, *options: str) -> Iterator[Server]:
         "--backend-option",
         f"memory={1 << 30}",
     ]
-    process = subprocess.Popen([*COMMAND, *arguments, *options], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments, *options], stdout=subprocess.PIPE, stderr=errors, text=True
+    )
     try:
         assert process.stdout is not None
         url = ""
@@ -221,7 +233,9 @@ def test_a_signal_lets_running_requests_finish_and_then_ends_everything(folder: 
 def test_a_request_that_outlasts_the_drain_time_is_cut_off_with_an_error(
     folder: Path, is_hurried: bool
 ) -> None:
-    with serving(folder, "--drain-timeout-s", "50" if is_hurried else "0.2") as server:
+    # Slow steps: the request would run for half an hour if it were let.
+    options = ("--drain-timeout-s", "50" if is_hurried else "0.2", "--backend-option", "step_ms=50")
+    with serving(folder, *options) as server:
 
         async def body() -> None:
             async with Client(server.url, timeout_s=60) as client:
@@ -233,15 +247,22 @@ def test_a_request_that_outlasts_the_drain_time_is_cut_off_with_an_error(
                 if is_hurried:
                     await asyncio.sleep(0.3)
                     server.process.send_signal(signal.SIGTERM)
+                start = time.monotonic()
                 with pytest.raises(DeviceError, match="the engine was closed"):
                     await task
+                assert time.monotonic() - start < 4, "as long as it was given, and no longer"
 
         run(body())
         assert server.last_words() == "ended: what still ran was cut off"
 
 
-def test_an_engine_that_dies_makes_the_server_unhealthy_and_end_its_streams(folder: Path) -> None:
-    with serving(folder, "--backend-option", "fail_step=30") as server:
+def test_an_engine_that_dies_makes_the_server_unhealthy_and_end_its_streams(
+    folder: Path, tmp_path: Path
+) -> None:
+    with (
+        (tmp_path / "errors").open("w") as errors,
+        serving(folder, "--backend-option", "fail_step=30", errors=errors) as server,
+    ):
 
         async def body() -> None:
             async with Client(server.url, timeout_s=60) as client:
@@ -251,15 +272,18 @@ def test_an_engine_that_dies_makes_the_server_unhealthy_and_end_its_streams(fold
             async with httpx.AsyncClient(base_url=server.url.removesuffix("/v1")) as plain:
                 answer = await plain.get("/health")
                 assert answer.status_code == 503 and "fails at step 30" in answer.text
+            found = await figures(server)
+            held = ("core_engine_up", "core_num_requests_running", "core_kv_blocks_used")
+            assert [found[name] for name in held] == [0, 0, 0]
 
         run(body())
-        assert server.process.stdout is not None
-        told = server.process.stdout.readline()
+        told = server.next_line()
         assert told.startswith("error: the engine stopped") and "fails at step 30" in told, (
             "it is told at once"
         )
-        server.process.terminate()
-        assert server.process.wait(30) == 1, "the exit status tells it, too"
+        assert server.stop() == 1, "the exit status tells it, too"
+    last = (tmp_path / "errors").read_text().splitlines()[-1]
+    assert last.startswith("error: the engine stopped") and "fails at step 30" in last
 
 
 def test_a_full_queue_answers_429_and_serves_those_it_took(folder: Path) -> None:

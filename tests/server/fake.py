@@ -42,7 +42,7 @@ class FakeEngine:
 
     Attributes:
         asked: (prompt, params, priority, salt, timeouts) of each request. ended: ids of requests that were
-            closed early.
+            closed early. num_cached: tokens of each prompt that were found in the prefix cache.
     """
 
     reply: str = "abcdef"
@@ -59,6 +59,7 @@ class FakeEngine:
     max_model_len: int = 512
     is_alive: bool = True
     failure: BaseException | None = None
+    num_cached: int = 1
 
     async def generate(
         self,
@@ -128,7 +129,7 @@ class FakeEngine:
             prompt_token_ids=tuple(ids),
             outputs=tuple(outputs),
             finished=finished,
-            num_cached_tokens=1,
+            num_cached_tokens=self.num_cached,
             metrics=RequestMetrics(0.1, 0.5 if finished else None, 0),
             prompt_logprobs=prompt_logprobs,
         )

@@ -415,9 +415,12 @@ def test_a_dead_engine_runs_and_holds_nothing(connect: Connect) -> None:
     metrics = [get(connect(engine), "/metrics").text]
     engine.is_alive = False
     metrics.append(get(connect(engine), "/metrics").text)
-    for text, up, used in zip(metrics, ("1.0", "0.0"), ("25.0", "0.0"), strict=True):
+    rows = zip(metrics, ("1.0", "0.0"), ("25.0", "0.0"), ("0.25", "0.0"), strict=True)
+    for text, up, used, share in rows:
         assert f'core_engine_up{{model_name="fake"}} {up}' in text
         assert f'core_kv_blocks_used{{model_name="fake"}} {used}' in text
+        assert f'core_kv_cache_usage_ratio{{model_name="fake"}} {share}' in text
+        assert 'core_generation_tokens_total{model_name="fake"} 4.0' in text, "what was done stays done"
 
 
 def test_an_exception_that_nobody_expected_is_an_error_in_json(

@@ -129,6 +129,27 @@ def test_usage_grows_with_the_stream_where_it_is_asked_for(connect: Connect, is_
     assert last["usage"]["completion_tokens"] == 3 and last["choices"] == []
 
 
+@pytest.mark.parametrize("path", BODY)
+@pytest.mark.parametrize("num_cached", [0, 2])
+def test_usage_tells_what_was_cached_of_all_prompts(connect: Connect, path: str, num_cached: int) -> None:
+    body = {**BODY[path], **({"prompt": ["xyz", "xyw"]} if path == "completions" else {})}
+    whole = post(connect(FakeEngine(num_cached=num_cached)), path, **body).json()["usage"]
+    wanted = num_cached * (2 if path == "completions" else 1)
+    assert whole["prompt_tokens_details"] == {"cached_tokens": wanted}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    assert events(post(connect(FakeEngine(num_cached=num_cached)), path, **body))[-1]["usage"] == whole
+
+
+def test_a_model_that_has_only_a_template_for_tools_takes_chats_with_tools(connect: Connect) -> None:
+    tools = [{"type": "function", "function": {"name": "clock"}}]
+    engine = FakeEngine()
+    engine.tokenizer.chat_template, engine.tokenizer.tool_template = None, "with tools"
+    assert post(connect(engine), "chat/completions", **CHAT, tools=tools).status_code == 200
+    refused = post(connect(engine), "chat/completions", **CHAT)
+    assert refused.status_code == 400 and "no chat template" in refused.text
+    assert len(engine.asked) == 1
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

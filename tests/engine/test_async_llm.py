@@ -129,6 +129,22 @@ def test_an_abort_while_the_prompt_is_tokenized_is_not_lost(folder: Path) -> Non
     serving(endless(folder), body)
 
 
+@pytest.mark.parametrize("length", [3, 1100], ids=["at once", "in a thread"])
+def test_a_text_gets_its_special_tokens_unless_told_otherwise(folder: Path, length: int) -> None:
+    async def body(llm: AsyncLLM) -> None:
+        def encode(tokenizer: object, text: str, add_special_tokens: bool = True) -> list[int]:
+            return [3] * add_special_tokens + [7, 8]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(llm.tokenizer), "encode", encode)
+            params, found = SamplingParams(max_tokens=1), []
+            for given in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+                found.append((await last(llm.generate("x" * length, params, **given))).prompt_token_ids)
+        assert found == [(3, 7, 8), (3, 7, 8), (7, 8)]
+
+    serving(config(folder), body)
+
+
 def test_a_request_that_waits_too_long_ends_as_deadline(folder: Path) -> None:
     async def body(llm: AsyncLLM) -> None:
         running = asyncio.create_task(last(llm.generate([5, 6], ENDLESS, request_id="first")))

@@ -14,6 +14,7 @@ import pytest
 
 from core.engine.outputs import Logprob
 from core.sampling.params import SamplingParams
+from core.server.protocol import CompletionRequest
 from tests.server.conftest import Connect
 from tests.server.fake import FakeEngine
 
@@ -259,6 +260,16 @@ def test_log_probabilities_are_written_as_each_endpoint_has_them(connect: Connec
     assert [t["token"] for t in content[0]["top_logprobs"]] == ["a", "!"]
 
 
+UNUSED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+"""Fields of the API that cannot change an answer, as the protocol says."""
+
+ANSWERED = {"prompt", "model", "stream", "stream_options", "echo", "return_token_ids"}
+"""Fields that are about how an answer is written: tests of answers and of streams hold them."""
+
+REFUSED = {"best_of", "suffix"}
+ELSEWHERE = UNUSED | ANSWERED | REFUSED | {"add_special_tokens"}
+
+
 def test_every_parameter_reaches_the_engine(connect: Connect) -> None:
     engine = FakeEngine()
     sent = {
@@ -283,6 +294,7 @@ def test_every_parameter_reaches_the_engine(connect: Connect) -> None:
     lists |= {"bad_words_ids": [(1, 2), (3,)]}
     assert {f.name for f in fields(SamplingParams)} - {*sent, *lists, "logit_bias"} == {"detokenize"}
     extra = {"priority": 2, "cache_salt": "me", "queue_timeout": 3.0, "timeout": 9.0}
+    assert CompletionRequest.model_fields.keys() - {*sent, *lists, *extra, "logit_bias"} == ELSEWHERE
     post(connect(engine), "/v1/completions", prompt="x", **sent, **lists, **extra, logit_bias={"5": -1.0})
     _, params, priority, salt, queue_timeout, timeout = engine.asked[0]
     for name, value in sent.items():

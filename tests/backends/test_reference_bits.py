@@ -14,7 +14,7 @@ from tests.backends.harness import REFERENCE, Bench
 from tests.backends.test_ops import CASES, widened
 
 # Not causal, or made to read the step's first row: here a row's result is not its own affair.
-SHARED = ("take", "experts-moved", "attend-non-causal")
+SHARED = ("take", "experts-moved", "attend-non-causal", "norm_rope_attend-non-causal")
 INVARIANT = [case for case in CASES if not case.name.startswith(SHARED)]
 
 

@@ -32,6 +32,8 @@ def of_validation(problems: Sequence[Any], known: Sequence[str]) -> dict[str, An
     first = problems[0]
     where = [str(part) for part in first["loc"] if part != "body"]
     name = ".".join(where)
+    if not where and first["type"] != "json_invalid":
+        return body("the body must be a JSON object", "invalid_request_error")
     if first["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(where[-1], known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "leave it out"

@@ -161,6 +161,36 @@ def test_a_request_that_waits_too_long_ends_as_deadline(folder: Path) -> None:
     serving(endless(folder, max_requests=1), body)
 
 
+def test_a_lower_priority_goes_first_under_that_policy(folder: Path) -> None:
+    async def body(llm: AsyncLLM) -> None:
+        ended = []
+
+        async def ask(name: str, priority: int) -> None:
+            await last(llm.generate([5, 6], SamplingParams(max_tokens=3), request_id=name, priority=priority))
+            ended.append(name)
+
+        running = asyncio.create_task(last(llm.generate([5, 6], ENDLESS, request_id="first")))
+        await until(lambda: llm.metrics().num_running == 1)
+        asked = [asyncio.create_task(ask(*o)) for o in (("late", 5), ("early", -1), ("middle", 0))]
+        await until(lambda: llm.metrics().num_waiting == 3)
+        await llm.abort("first")
+        await asyncio.gather(running, *asked)
+        assert ended == ["early", "middle", "late"]
+
+    serving(endless(folder, max_requests=1, policy="priority"), body)
+
+
+def test_a_request_tells_how_often_its_blocks_were_taken(folder: Path) -> None:
+    async def body(llm: AsyncLLM) -> None:
+        params = SamplingParams(max_tokens=60, ignore_eos=True)
+        found = await asyncio.gather(*(last(llm.generate([i] * 40, params)) for i in range(5, 11)))
+        counts = [o.metrics.num_preemptions for o in found]
+        assert sum(counts) == llm.metrics().preemptions > 0
+        assert min(counts) == 0, "the first to come keeps its blocks"
+
+    serving(config(folder, num_blocks=30, block_size=16), body)
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "words"),
     [

@@ -1,4 +1,6 @@
-"""Loading tells how far it is: bytes, tensors, speed; of the first rank where there are several."""
+"""Loading opens the device asked for and tells how far it is: bytes, tensors, speed; of the first rank where
+there are several.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from core import LLM, SamplingParams
-from core.contract.errors import ConfigError
+from core.contract.errors import ConfigError, DeviceError
+from core.contract.interfaces import Device
+from core.contract.requests import DeviceRequest
+from core.contract.types import DeviceInfo
 from core.engine.config import EngineConfig
 from core.engine.engine import Engine
+from core.plugins import BackendHandle, Plugins
 from core.weights.loader import LoadState
 from tests.models.conftest import tiny_folder
 
@@ -95,3 +101,27 @@ def test_ends_that_only_the_generation_config_names_end_a_text(folder: Path, tmp
     (path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigError, match="generation_config"):
         LLM(path, **options)
+
+
+def test_the_device_and_its_host_threads_are_those_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[DeviceRequest] = []
+
+    def record(self: BackendHandle, request: DeviceRequest) -> Device:
+        opened.append(request)
+        raise DeviceError("seen")
+
+    three = [DeviceInfo(backend="null", index=i, name="null device") for i in range(3)]
+    monkeypatch.setattr(Plugins, "probe", lambda *_: tuple(three))
+    monkeypatch.setattr(BackendHandle, "open_device", record)
+    cases: list[tuple[dict[str, Any], tuple[int, int | None]]] = [
+        ({}, (0, None)),
+        ({"num_threads": 3}, (0, 3)),
+        ({"device": 2, "num_threads": 1}, (2, 1)),
+    ]
+    for given, wanted in cases:
+        with pytest.raises(DeviceError, match="seen"):
+            LLM(folder, backend="null", show_progress=False, **given)
+        request = opened.pop()
+        assert (request.index, request.num_threads) == wanted

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from core.engine.metrics import EngineMetrics
 from core.engine.outputs import Logprob
 from core.sampling.params import SamplingParams
 from core.server.protocol import CompletionRequest
@@ -163,14 +164,22 @@ def test_a_bad_request_gets_its_status_and_one_sentence(
     assert not engine.live
 
 
-def test_a_body_that_is_no_json_is_refused(connect: Connect) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "the body is not JSON"),
+        (b"", "the body must be a JSON object"),
+        (b"[1]", "the body must be a JSON object"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(connect: Connect, content: bytes, words: str) -> None:
     async def ask() -> httpx.Response:
         async with connect() as client:
             headers = {"content-type": "application/json"}
-            return await client.post("/v1/completions", content=b"{", headers=headers)
+            return await client.post("/v1/completions", content=content, headers=headers)
 
     answer = asyncio.run(ask())
-    assert (answer.status_code, answer.json()["error"]["message"]) == (400, "the body is not JSON")
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, words)
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
@@ -420,6 +429,36 @@ def test_a_text_gets_special_tokens_unless_told_otherwise(connect: Connect, want
     post(connect(engine), "/v1/completions", prompt="x", add_special_tokens=wanted)
     post(connect(engine), "/v1/completions", prompt="x")
     assert engine.special == [wanted, True]
+
+
+def test_each_metric_tells_its_own_figure(monkeypatch: pytest.MonkeyPatch, connect: Connect) -> None:
+    names = {
+        "num_requests_running": "num_running",
+        "num_requests_waiting": "num_waiting",
+        "kv_blocks_total": "blocks_total",
+        "kv_blocks_used": "blocks_used",
+        "kv_blocks_shared": "blocks_shared",
+        "kv_blocks_cached": "blocks_cached",
+        "steps_total": "steps",
+        "scheduled_tokens_total": "scheduled_tokens",
+        "cached_prompt_tokens_total": "cached_tokens",
+        "preemptions_total": "preemptions",
+        "prefix_cache_queries_total": "prefix_query_tokens",
+        "prefix_cache_hits_total": "prefix_hit_tokens",
+        "prompt_tokens_total": "prompt_tokens",
+        "generation_tokens_total": "generated_tokens",
+    }
+    counted = {f.name for f in fields(EngineMetrics)} - {"finished"}
+    assert set(names.values()) == counted, "every figure of the engine has a metric"
+    figures = {name: 10 + i for i, name in enumerate(sorted(counted))}
+    engine = FakeEngine()
+    monkeypatch.setattr(engine, "metrics", lambda: EngineMetrics(finished={"stop": 3, "abort": 5}, **figures))
+    text = get(connect(engine), "/metrics").text
+    for name, field in names.items():
+        assert f'\ncore_{name}{{model_name="fake"}} {figures[field]:.1f}\n' in text
+    for reason, number in (("stop", 3), ("abort", 5)):
+        labels = f'{{finished_reason="{reason}",model_name="fake"}}'
+        assert f"\ncore_request_finished_total{labels} {number:.1f}\n" in text
 
 
 def test_a_dead_engine_runs_and_holds_nothing(connect: Connect) -> None:

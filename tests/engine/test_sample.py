@@ -81,7 +81,13 @@ def check_margins(
 
 @pytest.mark.parametrize(
     ("backend", "dtype", "count", "length"),
-    [("cpu", "float32", 50, 64), ("tpu", "float32", 50, 64), ("cpu_reference", "float64", 5, 16)],
+    [
+        ("cpu", "float32", 12, 24),
+        ("tpu", "float32", 8, 12),
+        pytest.param("cpu", "float32", 50, 64, marks=pytest.mark.slow),
+        pytest.param("tpu", "float32", 50, 64, marks=pytest.mark.slow),
+        pytest.param("cpu_reference", "float64", 5, 16, marks=pytest.mark.slow),
+    ],
 )
 def test_greedy_tokens_match_transformers_where_decided(
     reference: Any, backend: str, dtype: str, count: int, length: int

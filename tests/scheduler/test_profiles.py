@@ -5,6 +5,7 @@ thing and gives everything back.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -38,6 +39,9 @@ def run(profile: Profile, kinds: Kinds, seed: int, *, depth: int, tight: bool, r
 @pytest.mark.parametrize("tight", [False, True], ids=["roomy", "tight"])
 @pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda p: p.name)
-def test_random_load_keeps_every_rule(profile: Profile, kinds: Kinds, tight: bool) -> None:
-    for seed in range(4):
+@pytest.mark.parametrize("seeds", [(0, 1), pytest.param(range(2, 10), marks=pytest.mark.slow)], ids=len)
+def test_random_load_keeps_every_rule(
+    profile: Profile, kinds: Kinds, tight: bool, seeds: Sequence[int]
+) -> None:
+    for seed in seeds:
         run(profile, kinds, seed, depth=1 + seed % 2, tight=tight)

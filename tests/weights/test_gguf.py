@@ -309,6 +309,7 @@ def test_arrays_outlive_the_checkpoint_and_reading_afterwards_is_refused(tmp_pat
 
 
 @pytest.mark.sample
+@pytest.mark.slow
 def test_the_sample_model_reads_as_transformers_reads_it(sample_model: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

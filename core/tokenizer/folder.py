@@ -145,12 +145,16 @@ def _sentencepiece(file: Path, config: Mapping[str, Any]) -> _Read:
     listed = {t.content for t in added}
     # What the configuration lists is added with the flags that it has there.
     kinds = [UNUSED if p in listed else kind for p, kind in zip(model.pieces, model.kinds, strict=True)]
-    metadata = {
-        "tokenizer.ggml.scores": model.scores,
-        "tokenizer.ggml.unknown_token_id": max(model.unk_id, 0),
-        "tokenizer.ggml.add_space_prefix": model.prefixed,
-    }
-    backend = sentence_piece(Vocabulary(file, metadata, model.pieces, kinds))
+    backend = sentence_piece(
+        Vocabulary(
+            path=file,
+            tokens=model.pieces,
+            kinds=kinds,
+            scores=model.scores,
+            unknown_id=max(model.unk_id, 0),
+            prefixed=model.prefixed,
+        )
+    )
     if model.prefixed and config.get("legacy", True) is False:
         # Only the beginning of a text gets a space, not what follows a special token.
         backend.normalizer = None
@@ -185,11 +189,9 @@ def _tekken(file: Path, config: Mapping[str, Any]) -> _Read:
     tokens = [*special, *pieces]
     kinds = [*(CONTROL for _ in special), *(NORMAL for _ in pieces)]
     # The lower a token's rank, the earlier it is made: its score, in SentencePiece's words.
-    scored = Vocabulary(
-        file, {"tokenizer.ggml.scores": [float(-i) for i in range(len(tokens))]}, tokens, kinds
-    )
+    scored = Vocabulary(file, tokens, kinds, scores=[float(-i) for i in range(len(tokens))])
     joined = [f"{left} {right}" for left, right in merges(scored)]
-    vocabulary = Vocabulary(file, {"tokenizer.ggml.merges": joined}, tokens, kinds)
+    vocabulary = Vocabulary(file, tokens, kinds, merges=joined)
     backend = byte_level(vocabulary, PreTokenizer((pattern,), ignore_merges=True))
     return _around(_Read(backend, "<s>", "</s>"), config, add_bos=True)
 
@@ -213,8 +215,7 @@ def _vocab_and_merges(file: Path, config: Mapping[str, Any]) -> _Read:
             f"{file} does not give its {len(tokens)} tokens the ids from 0 on; download it again"
         )
     joined = [line for line in lines if line and not line.startswith("#version")]
-    metadata = {"tokenizer.ggml.merges": joined}
-    v = Vocabulary(file, metadata, tokens, [NORMAL] * len(tokens))
+    v = Vocabulary(file, tokens, [NORMAL] * len(tokens), merges=joined)
     backend = byte_level(v, PRE_TOKENIZERS[_CLASSES[kind]])
     _add(file, backend, _added(file.parent, config))
     return _around(_Read(backend, eos="<|endoftext|>"), config, add_bos=False)

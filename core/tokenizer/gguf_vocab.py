@@ -8,7 +8,7 @@ third, by that one's score.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from core.contract.errors import ConfigError
 from core.tokenizer.gguf_pre import PRE_TOKENIZERS, PreTokenizer
 from core.tokenizer.tokenizer import FastTokenizer
 from core.weights.gguf_header import end_ids, read_header
+from core.weights.gguf_metadata import Metadata
 
 # tokenizer.ggml.token_type
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -26,12 +27,22 @@ SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens by id, their kinds, and the metadata they came with; `path` is for messages."""
+    """Tokens by id, their kinds, and what else the file says of them; `path` is for messages.
+
+    Attributes:
+        merges: "left right" each, in order; None = there are none. scores: of the tokens, likewise.
+        unknown_id: what stands for a character that is no token. prefixed: a space is put before a text.
+        strips: marks of a turn swallow the space behind them.
+    """
 
     path: Path
-    metadata: Mapping[str, Any]
     tokens: Sequence[str]
     kinds: Sequence[int]
+    merges: Sequence[str] | None = None
+    scores: Sequence[float] | None = None
+    unknown_id: int = 0
+    prefixed: bool = True
+    strips: bool = False
 
     @property
     def ids(self) -> dict[str, int]:
@@ -60,36 +71,42 @@ def from_gguf(path: Path) -> FastTokenizer:
         WeightError: the file is broken.
     """
     header = read_header(path)
-    found, embedding = header.metadata, header.tensors.get("token_embd.weight")
-    num_tokens = len(found.get("tokenizer.ggml.tokens") or ())
+    m, embedding = Metadata(path, header.metadata), header.tensors.get("token_embd.weight")
+    num_tokens = len(m.texts("tokenizer.ggml.tokens") or ())
     if embedding is not None and num_tokens > embedding.shape[0]:
         raise ConfigError(
             f"{path} has {num_tokens} tokens, but its embedding has {embedding.shape[0]} rows; convert it "
             "again"
         )
-    kind = found.get("tokenizer.ggml.model")
+    kind = m.text("tokenizer.ggml.model")
     if kind == "gpt2":
-        pre = _pre_tokenizer(path, found)
-        backend, add_bos = byte_level(_vocabulary(path, found), pre), pre.add_bos
+        pre = _pre_tokenizer(m)
+        backend, add_bos = byte_level(_vocabulary(m), pre), pre.add_bos
     elif kind == "llama":
-        backend, add_bos = sentence_piece(_vocabulary(path, found)), True
+        backend, add_bos = sentence_piece(_vocabulary(m)), True
     else:
         raise ConfigError(
             f"{path} has a tokenizer of kind {kind!r}; from GGUF files 'gpt2' (byte-level BPE) and 'llama' "
             "(SentencePiece) are read: take the model's folder with tokenizer.json"
         )
-    bos, ends = found.get("tokenizer.ggml.bos_token_id"), end_ids(found)
-    before = [bos] if bos is not None and found.get("tokenizer.ggml.add_bos_token", add_bos) else []
-    after = [ends[0]] if ends and found.get("tokenizer.ggml.add_eos_token", False) else []
+    bos, ends = _token_id(m, "bos", num_tokens), end_ids(m)
+    for name in ("eos", "eot", "eom"):
+        _token_id(m, name, num_tokens)
+    before = [bos] if m.flag("tokenizer.ggml.add_bos_token", add_bos) and bos is not None else []
+    after = [ends[0]] if m.flag("tokenizer.ggml.add_eos_token", False) and ends else []
     if before or after:
         backend.post_processor = template(backend, before, after)
     return FastTokenizer(
         backend=backend,
         bos_token_id=bos,
         eos_token_ids=ends,
-        chat_template=found.get("tokenizer.chat_template"),
-        tool_template=found.get("tokenizer.chat_template.tool_use"),
+        chat_template=m.text("tokenizer.chat_template"),
+        tool_template=m.text("tokenizer.chat_template.tool_use"),
     )
+
+
+def _token_id(m: Metadata, name: str, num_tokens: int) -> int | None:
+    return m.whole(f"tokenizer.ggml.{name}_token_id", most=num_tokens - 1)
 
 
 def template(backend: Any, before: list[int], after: list[int]) -> Any:
@@ -102,28 +119,40 @@ def template(backend: Any, before: list[int], after: list[int]) -> Any:
     return TemplateProcessing(single=single, special_tokens=[(token, i) for i, token in names.items()])
 
 
-def _pre_tokenizer(path: Path, found: Mapping[str, Any]) -> PreTokenizer:
-    pre = found.get("tokenizer.ggml.pre", "default")
+def _pre_tokenizer(m: Metadata) -> PreTokenizer:
+    pre = m.text("tokenizer.ggml.pre")
+    if pre is None:
+        pre = "default"
     if pre not in PRE_TOKENIZERS:
         raise ConfigError(
-            f"{path} has pre-tokenizer {pre!r}; known are {', '.join(PRE_TOKENIZERS)}: take the model's "
+            f"{m.path} has pre-tokenizer {pre!r}; known are {', '.join(PRE_TOKENIZERS)}: take the model's "
             "folder with tokenizer.json"
         )
     return PRE_TOKENIZERS[pre]
 
 
-def _vocabulary(path: Path, found: Mapping[str, Any]) -> Vocabulary:
-    tokens = found.get("tokenizer.ggml.tokens")
+def _vocabulary(m: Metadata) -> Vocabulary:
+    tokens = m.texts("tokenizer.ggml.tokens")
     if not tokens:
-        raise ConfigError(f"{path} lacks tokenizer.ggml.tokens; convert it again")
-    kinds = found.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+        raise ConfigError(f"{m.path} lacks tokenizer.ggml.tokens; convert it again")
+    kinds = m.wholes("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if len(kinds) != len(tokens):
-        raise ConfigError(f"{path} has {len(tokens)} tokens but {len(kinds)} token types; convert it again")
-    return Vocabulary(path, found, tokens, kinds)
+        raise ConfigError(f"{m.path} has {len(tokens)} tokens but {len(kinds)} token types; convert it again")
+    return Vocabulary(
+        path=m.path,
+        tokens=tokens,
+        kinds=kinds,
+        merges=m.texts("tokenizer.ggml.merges"),
+        scores=m.numbers("tokenizer.ggml.scores"),
+        unknown_id=_token_id(m, "unknown", len(tokens)) or 0,
+        prefixed=m.flag("tokenizer.ggml.add_space_prefix", True),
+        # Phi-3's file does not say so.
+        strips=m.text("general.architecture") == "phi3",
+    )
 
 
 def byte_level(v: Vocabulary, pre: PreTokenizer) -> Any:
-    """Byte-level BPE; merges, "left right" each, are the metadata's `tokenizer.ggml.merges`.
+    """Byte-level BPE.
 
     Raises:
         ConfigError: merges are missing, or make no token.
@@ -131,11 +160,10 @@ def byte_level(v: Vocabulary, pre: PreTokenizer) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    merges = v.metadata.get("tokenizer.ggml.merges")
-    if merges is None:
+    if v.merges is None:
         raise ConfigError(f"{v.path} lacks tokenizer.ggml.merges; convert it again")
     ids = v.ids
-    backend = Tokenizer(BPE(vocab=ids, merges=pairs(v.path, merges, ids), ignore_merges=pre.ignore_merges))
+    backend = Tokenizer(BPE(vocab=ids, merges=pairs(v.path, v.merges, ids), ignore_merges=pre.ignore_merges))
     if pre.compose:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre.build()
@@ -146,7 +174,7 @@ def byte_level(v: Vocabulary, pre: PreTokenizer) -> Any:
     return backend
 
 
-def pairs(path: Path, merges: list[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def pairs(path: Path, merges: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     """Merges as pairs. Checked here, because the package panics on a merge outside the vocabulary."""
     pairs = []
     for merge in merges:
@@ -160,7 +188,7 @@ def pairs(path: Path, merges: list[str], vocab: Mapping[str, int]) -> list[tuple
 
 
 def sentence_piece(v: Vocabulary) -> Any:
-    """SentencePiece's BPE with bytes for what is no token; scores are the metadata's.
+    """SentencePiece's BPE with bytes for what is no token; merges are made from scores.
 
     Raises:
         ConfigError: scores or byte tokens are missing.
@@ -169,27 +197,24 @@ def sentence_piece(v: Vocabulary) -> Any:
     from tokenizers.models import BPE
 
     # Files differ in how they write runs of spaces that are tokens by themselves; texts have spaces.
-    v = Vocabulary(v.path, v.metadata, _with_spaces(v), v.kinds)
+    v = replace(v, tokens=_with_spaces(v))
     ids = v.ids
     missing = [t for t in (f"<0x{b:02X}>" for b in range(256)) if t not in ids]
     if missing:
         raise ConfigError(
             f"{v.path} lacks {len(missing)} of 256 byte tokens, first {missing[0]!r}; convert it again"
         )
-    unknown = v.tokens[int(v.metadata.get("tokenizer.ggml.unknown_token_id", 0))]
+    unknown = v.tokens[v.unknown_id]
     model = BPE(vocab=ids, merges=merges(v), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     backend = Tokenizer(model)
-    prefixed = bool(v.metadata.get("tokenizer.ggml.add_space_prefix", True))
     spaces = normalizers.Replace(" ", SPACE)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefixed else spaces
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if v.prefixed else spaces
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefixed else [])])
+    backend.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if v.prefixed else [])])
     special, plain = v.of_kinds(UNKNOWN, CONTROL), v.of_kinds(USER_DEFINED)
-    # Phi-3's marks of a turn swallow what space follows them; its file does not say so.
-    strips = v.metadata.get("general.architecture") == "phi3"
     bare = {unknown, "<s>", "<|endoftext|>"}
     backend.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True, rstrip=strips and t not in bare) for t in special]
+        [AddedToken(t, normalized=False, special=True, rstrip=v.strips and t not in bare) for t in special]
     )
     backend.add_tokens([AddedToken(t, normalized=False, special=False) for t in plain])
     return backend
@@ -206,7 +231,7 @@ def merges(v: Vocabulary) -> list[tuple[str, str]]:
     Raises:
         ConfigError: scores are missing.
     """
-    scores = v.metadata.get("tokenizer.ggml.scores") or []
+    scores = v.scores or []
     if len(scores) != len(v.tokens):
         raise ConfigError(f"{v.path} has {len(v.tokens)} tokens but {len(scores)} scores; convert it again")
     ids = {t: i for i, (t, kind) in enumerate(zip(v.tokens, v.kinds, strict=True)) if kind == NORMAL}

@@ -15,6 +15,7 @@ from core.contract.errors import WeightError
 from core.weights.checkpoint import BLOCKS, Index, StoredTensor, check_index
 from core.weights.gguf_config import config_of
 from core.weights.gguf_header import QUANTIZED, Header, read_header
+from core.weights.gguf_metadata import Metadata
 from core.weights.gguf_names import FAMILIES, ROPE_FACTORS, family_name, views
 from core.weights.gguf_tensors import Bytes, Stored, View
 
@@ -25,13 +26,14 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self._path = path
         header = read_header(path)
-        name = family_name(header)
+        metadata = Metadata(path, header.metadata)
+        name = family_name(metadata)
         if name not in FAMILIES:
             raise WeightError(
                 f"{path} has architecture {name!r}; GGUF files are read of {', '.join(FAMILIES)}: take the "
                 "model's safetensors folder"
             )
-        if int(header.metadata.get("split.count", 1)) > 1:
+        if metadata.count("split.count", 1) > 1:
             raise WeightError(f"{path} is one part of several; merge them into one file")
         self._header = header
         self._data: Bytes | None = np.memmap(path, np.uint8, mode="r")

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from core.contract.errors import WeightError
+from core.weights.gguf_metadata import Metadata
 from core.weights.kinds import GGUF, WANTED, kind_of
 
 ARRAY, STRING = 9, 8
@@ -99,9 +100,10 @@ class _Cursor:
                 raise WeightError(self._twice("metadata", key))
             metadata[key] = self._value(self._scalar("I"))
         found = [self._tensor() for _ in range(num_tensors)]
-        alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-            raise WeightError(f"{self._path}: general.alignment is {alignment!r}, not a power of two")
+        typed = Metadata(self._path, metadata)
+        alignment = typed.count("general.alignment", 32)
+        if alignment <= 0 or alignment & (alignment - 1):
+            raise typed.wrong("general.alignment", "a power of two")
         start = -(-self._at // alignment) * alignment
         tensors: dict[str, TensorInfo] = {}
         for name, shape, kind, offset in found:
@@ -202,17 +204,20 @@ class _Cursor:
         return TensorInfo(shape, type_name, offset, block_size, block_bytes)
 
 
-def end_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
+def end_ids(metadata: Metadata) -> tuple[int, ...]:
     """Token ids that end a text, a turn or a message, without repeats, in that order.
 
     Where the file names no end of a turn, it is found by its text, as most files leave it out.
+
+    Raises:
+        WeightError: metadata of another kind than wanted.
     """
-    keys = [f"tokenizer.ggml.{k}_token_id" for k in ("eos", "eot", "eom")]
-    found = [int(metadata[k]) for k in keys if k in metadata]
-    tokens = metadata.get("tokenizer.ggml.tokens") or []
-    kinds = metadata.get("tokenizer.ggml.token_type") or []
+    named = {k: metadata.whole(f"tokenizer.ggml.{k}_token_id") for k in ("eos", "eot", "eom")}
+    found = [i for i in named.values() if i is not None]
+    tokens = metadata.texts("tokenizer.ggml.tokens") or []
+    kinds = metadata.wholes("tokenizer.ggml.token_type") or []
     # In harmony's format <|end|> ends one message of several, and <|return|> the turn.
-    if keys[1] not in metadata and "<|return|>" not in tokens:
+    if named["eot"] is None and "<|return|>" not in tokens:
         special = {t: i for i, (t, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind != 1}
         found += [special[t] for t in TURN_ENDS if t in special][:1]
     return tuple(dict.fromkeys(found))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from core.contract.errors import WeightError
 from core.weights.gguf_header import Header, TensorInfo
+from core.weights.gguf_metadata import Metadata
 from core.weights.gguf_tensors import Joined, Reshaped, Stored, View
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -125,10 +126,16 @@ FAMILIES: Mapping[str, Family] = {
 """GGUF's architecture -> family; a llama file with experts is "mixtral"."""
 
 
-def family_name(header: Header) -> str:
-    """The key of `FAMILIES` for a file; its architecture itself where none fits."""
-    found = str(header.metadata.get("general.architecture"))
-    return "mixtral" if found == "llama" and header.metadata.get("llama.expert_count") else found
+def family_name(m: Metadata) -> str:
+    """The key of `FAMILIES` for a file; its architecture itself where none fits.
+
+    Raises:
+        WeightError: it names none, or metadata is of another kind than wanted.
+    """
+    found = m.text("general.architecture")
+    if not found:
+        raise m.wrong("general.architecture", "the architecture's name")
+    return "mixtral" if found == "llama" and m.whole("llama.expert_count") else found
 
 
 def views(path: Path, header: Header, family: Family, head_size: int) -> dict[str, View]:

@@ -155,17 +155,18 @@ def _read_json(path: Path, error: type[Exception]) -> dict[str, Any]:
 
 
 def _tensors(folder: Path) -> dict[str, _Tensor]:
-    if (folder / SINGLE).is_file():
-        return _read_header(folder / SINGLE)
-    if not (folder / INDEX).is_file():
+    single, index = (folder / SINGLE).is_file(), folder / INDEX
+    if not single and not index.is_file():
         raise WeightError(
             f"{folder} has neither {SINGLE} nor {INDEX}; give a folder with safetensors weights"
         )
-    where = _read_json(folder / INDEX, WeightError).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise WeightError(f"{folder / INDEX} has no weight_map; download the index again")
+    where = _weight_map(index) if index.is_file() else {}
+    files = _shards(folder, where)
+    if single:
+        # An index beside it is not needed, but one that names absent files is that of another model.
+        return _read_header(folder / SINGLE)
     tensors: dict[str, _Tensor] = {}
-    for file in _shards(folder, where):
+    for file in files:
         for name, found in _read_header(file).items():
             if name in tensors:
                 raise WeightError(
@@ -182,6 +183,16 @@ def _tensors(folder: Path) -> dict[str, _Tensor]:
     return tensors
 
 
+def _weight_map(index: Path) -> dict[str, Any]:
+    found = _read_json(index, WeightError).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise WeightError(
+            f"{index}: weight_map is {found!r:.200}, but an object with the file of each tensor is wanted; "
+            "download the index again"
+        )
+    return found
+
+
 def _shards(folder: Path, where: dict[str, Any]) -> list[Path]:
     """The files of an index, each once.
 
@@ -190,13 +201,20 @@ def _shards(folder: Path, where: dict[str, Any]) -> list[Path]:
     """
     found: dict[Any, Path] = {}
     for name, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file or not (folder / file).is_file():
+        if not _is_shard(folder, file):
             raise WeightError(
-                f"{folder / INDEX} places tensor {name!r} in {file!r}, which is not a file of "
-                f"{folder}; download that shard"
+                f"{folder / INDEX} places tensor {name!r} in {file!r:.200}, which is not a file of {folder}, "
+                "but the name of one is wanted; download that shard, or delete an index of other files"
             )
         found.setdefault(file, folder / file)
     return list(found.values())
+
+
+def _is_shard(folder: Path, file: Any) -> bool:
+    try:
+        return isinstance(file, str) and Path(file).name == file and (folder / file).is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _read_header(file: Path) -> dict[str, _Tensor]:

@@ -269,3 +269,30 @@ def test_a_path_that_is_no_model_says_what_is(tmp_path: Path) -> None:
     (tmp_path / "half" / "config.json").write_text("{}")
     with pytest.raises(WeightError, match=r"neither model\.safetensors nor"):
         open_checkpoint(tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    "file", ["model-00002-of-00002.safetensors", "../model.safetensors", "x" * 5000, 7, None, ""]
+)
+def test_an_index_beside_a_single_file_names_no_absent_file(tmp_path: Path, file: Any) -> None:
+    write_folder(tmp_path, {"a": np.zeros(3, np.float32)})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert set(open_checkpoint(tmp_path).names()) == {"a"}
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": file}}))
+    words = r"index\.json places tensor 'b' in .*, which is not a file of .* wanted; download that shard"
+    with pytest.raises(WeightError, match=words) as caught:
+        open_checkpoint(tmp_path)
+    assert repr(file)[:100] in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("where", [None, 7, [], {}, "model.safetensors", ["a"]])
+def test_a_weight_map_of_another_kind_is_refused_by_file(tmp_path: Path, where: Any, single: bool) -> None:
+    if single:
+        write_folder(tmp_path, {"a": np.zeros(3, np.float32)})
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    words = r"model\.safetensors\.index\.json: weight_map is (.*), but an object .* wanted; download"
+    with pytest.raises(WeightError, match=words):
+        open_checkpoint(tmp_path)

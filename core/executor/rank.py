@@ -28,7 +28,7 @@ from core.engine.memory import CacheBudget, check_layers
 from core.engine.resolve import Facts, Resolution, resolve
 from core.models import ModelDefinition, read_config
 from core.models.config import ModelConfig, eos_ids
-from core.models.fields import check_fields
+from core.models.fields import check_fields, config_file
 from core.parallel.sharding import Shard
 from core.parallel.tensor_parallel import TensorParallelOps
 from core.plugins import BackendHandle
@@ -66,7 +66,7 @@ def read_model(checkpoint: Checkpoint) -> tuple[ModelDefinition, ModelConfig]:
     model, c = read_config(checkpoint.config(), checkpoint.names(), checkpoint.path)
     ends = dict.fromkeys((*c.eos_token_ids, *_generation_ends(checkpoint.path)))
     c = replace(c, eos_token_ids=tuple(ends))
-    check_sizes(c, checkpoint.path)
+    check_sizes(c, config_file(checkpoint.path))
     return model, c
 
 
@@ -81,10 +81,13 @@ def _generation_ends(path: Path) -> tuple[int, ...]:
         return ()
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        check_fields({"eos_token_id": found.get("eos_token_id")}, file)
-        return eos_ids(found)
-    except (OSError, ValueError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{file} cannot be read ({type(e).__name__}: {e}); mend or delete it") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file} holds a {type(found).__name__}, not a JSON object; mend or delete it")
+    ends = {"eos_token_id": found.get("eos_token_id")}
+    check_fields(ends, file)
+    return eos_ids(ends)
 
 
 class RankWorker:

@@ -7,10 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from core.contract.errors import ConfigError
+from core.contract.errors import ConfigError, UnsupportedError
 from core.models.base import ModelDefinition
 from core.models.config import ModelConfig
-from core.models.fields import check_fields
+from core.models.fields import check_fields, config_file, without_nulls
 
 __all__ = ["ARCHITECTURES", "ModelDefinition", "definition", "read_config"]
 
@@ -67,14 +67,21 @@ def read_config(
         ConfigError: a field is not what it may be, or the architecture or an option is not known; names the
             model. How the fields fit together is not looked at.
     """
-    check_fields(hf, path)
-    model = definition(hf)
+    file = config_file(path)
+    check_fields(hf, file)
+    hf = without_nulls(hf)
     try:
+        model = definition(hf)
         return model, model.adapt(model.config(hf), names)
-    except ConfigError as e:
-        raise ConfigError(f"{path}: {e}") from None
+    except (ConfigError, UnsupportedError) as e:
+        raise type(e)(f"{file}: {e}") from None
+    except KeyError as e:
+        raise ConfigError(
+            f"{file}: the config has no {e.args[0]}, which {hf['architectures'][0]} wants; check that it is "
+            "that of a complete model"
+        ) from None
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
         raise ConfigError(
-            f"{path}: the config cannot be read as that of {hf['architectures'][0]} "
+            f"{file}: the config cannot be read as that of {hf['architectures'][0]} "
             f"({type(e).__name__}: {e}); check config.json"
         ) from None

@@ -67,6 +67,10 @@ FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 FLAGS = Kind("a list of zeros and ones", _all(lambda v: v in (0, 1)))
 SWITCH = Kind("true, false or a whole number", lambda v: isinstance(v, bool) or _is_index(v))
 TEXT = Kind("a text", _is_text)
+_DTYPES = ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
+DTYPE = Kind(
+    f"one of {', '.join(_DTYPES)}", lambda v: isinstance(v, str) and v.removeprefix("torch.") in _DTYPES
+)
 TEXTS = Kind("a list of texts", _all(_is_text))
 FIELDS_OF = Kind("a JSON object", lambda v: isinstance(v, Mapping))
 
@@ -106,7 +110,8 @@ _BY_KIND: Mapping[Kind, tuple[str, ...]] = {
     FLAGS: ("no_rope_layers",),
     # Published files count here what became a flag later.
     SWITCH: ("attn_temperature_tuning",),
-    TEXT: (*("hidden_act", "hidden_activation", "dtype", "torch_dtype", "topk_method", "rope_type", "type"),),
+    TEXT: ("hidden_act", "hidden_activation", "topk_method", "rope_type", "type"),
+    DTYPE: ("dtype", "torch_dtype"),
     TEXTS: ("architectures", "layer_types"),
     FIELDS_OF: _NESTED,
 }
@@ -114,17 +119,40 @@ KINDS: Mapping[str, Kind] = {name: kind for kind, names in _BY_KIND.items() for 
 """What each field that a family reads may hold."""
 
 
-def check_fields(found: Any, path: Path, within: str = "") -> None:
+_NULL_MEANS_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+
+
+def without_nulls(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, and what is nested in it, without the fields that are null and so count as left out.
+
+    They stay where null says that the model has no such thing, and leaving them out something else.
+    """
+    return {
+        name: without_nulls(value) if name in _NESTED and isinstance(value, Mapping) else value
+        for name, value in found.items()
+        if value is not None or name in _NULL_MEANS_NONE or name not in KINDS
+    }
+
+
+def config_file(path: Path) -> Path:
+    """The file that holds a model's configuration: config.json of a folder, else the file itself."""
+    return path / "config.json" if path.is_dir() else path
+
+
+def check_fields(
+    found: Mapping[str, Any], path: Path, within: str = "", kinds: Mapping[str, Kind] = KINDS
+) -> None:
     """Hold a configuration, and what is nested in it, against the table. Other fields are left alone.
 
     Args:
         path: of the file or folder, for messages. within: names of the fields that it is nested in.
+        kinds: the table.
 
     Raises:
         ConfigError: names the field, what it is and what was wanted.
     """
     for name, value in found.items():
-        kind = KINDS.get(name)
+        kind = kinds.get(name)
         if kind is None or value is None:
             continue
         if not kind.holds(value):
@@ -132,5 +160,5 @@ def check_fields(found: Any, path: Path, within: str = "") -> None:
                 f"{path}: the config's {within}{name} is {value!r:.200}, but it must be {kind.wanted}; check "
                 "that the config is that of this model"
             )
-        if name in _NESTED:
+        if name in _NESTED and kinds is KINDS:
             check_fields(value, path, f"{within}{name}.")

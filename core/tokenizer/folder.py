@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from core.contract.errors import ConfigError
+from core.models.config import eos_ids
+from core.models.fields import FLAG, TEXT, Kind, check_fields
 from core.tokenizer.gguf_pre import PRE_TOKENIZERS, PreTokenizer
 from core.tokenizer.gguf_vocab import (
     CONTROL,
@@ -41,6 +43,54 @@ _TEKKEN_SPECIAL = (
 )
 
 
+_OF_MODEL = ("vocab_size", "eos_token_id", "text_config")
+"""What is read of config.json."""
+
+
+def _is_token(value: Any) -> bool:
+    text = value.get("content") if isinstance(value, dict) else value
+    # Some files say that there is none by false.
+    return isinstance(text, str) or text is False
+
+
+def _is_template(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(t, dict) and isinstance(t.get("template"), str) for t in value)
+    found = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(text, str) for text in found)
+
+
+_TOKEN = Kind("a token's text, or an object with it as content", _is_token)
+_TEMPLATE = Kind("a text, or texts by name", _is_template)
+_ENTRIES = Kind(
+    "an object with an object for each token's id",
+    lambda v: isinstance(v, dict) and all(i.isdecimal() and isinstance(t, dict) for i, t in v.items()),
+)
+_CONFIG: Mapping[str, Kind] = {
+    "bos_token": _TOKEN,
+    "eos_token": _TOKEN,
+    "add_bos_token": FLAG,
+    "add_eos_token": FLAG,
+    "legacy": FLAG,
+    "tokenizer_class": TEXT,
+    "added_tokens_decoder": _ENTRIES,
+    "chat_template": _TEMPLATE,
+}
+"""What is read of tokenizer_config.json."""
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+_ENTRY: Mapping[str, Kind] = {"content": TEXT, "special": FLAG, **dict.fromkeys(_FLAGS, FLAG)}
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, held against what its fields may be; {} where there is none."""
+    file = folder / "tokenizer_config.json"
+    found = _read(file)
+    check_fields(found, file, kinds=_CONFIG)
+    for i, entry in (found.get("added_tokens_decoder") or {}).items():
+        check_fields(entry, file, f"added_tokens_decoder.{i}.", _ENTRY)
+    return found
+
+
 @dataclass(frozen=True)
 class _Read:
     """A tokenizer as its file has it, and the texts of its special tokens where no configuration tells."""
@@ -57,7 +107,8 @@ def from_folder(path: Path, *, or_bytes: bool = False) -> FastTokenizer:
         ConfigError: as `load_tokenizer`.
     """
     folder = path if path.is_dir() else path.parent
-    config, model = _read(folder / "tokenizer_config.json"), _read(folder / "config.json")
+    config, model = _tokenizer_config(folder), _read(folder / "config.json")
+    check_fields({name: model.get(name) for name in _OF_MODEL}, folder / "config.json")
     file = next((folder / name for name in _READERS if (folder / name).is_file()), None)
     if file is not None:
         found = _READERS[file.name](file, config)
@@ -71,10 +122,9 @@ def from_folder(path: Path, *, or_bytes: bool = False) -> FastTokenizer:
     backend = found.backend
     bos = _token_id(backend, config.get("bos_token", found.bos))
     eos = _token_id(backend, config.get("eos_token", found.eos))
-    generation = _read(folder / "generation_config.json")
-    ends = _ids(generation.get("eos_token_id"))
-    if not ends:
-        ends = _ids(model.get("eos_token_id")) or _ids(_text(model).get("eos_token_id"))
+    generation = {"eos_token_id": _read(folder / "generation_config.json").get("eos_token_id")}
+    check_fields(generation, folder / "generation_config.json")
+    ends = eos_ids(generation) or eos_ids(model) or eos_ids(_text(model))
     # The tokenizer's own end first: it is the one that chat templates close a turn with.
     all_ends = tuple(dict.fromkeys([*([] if eos is None else [eos]), *ends]))
     if file is not None:
@@ -108,7 +158,7 @@ def _text(model: Mapping[str, Any]) -> Mapping[str, Any]:
 def _vocab_size(model: Mapping[str, Any]) -> int:
     """Rows of the embedding, 0 where the config does not say."""
     size = _text(model).get("vocab_size") or model.get("vocab_size")
-    return size if type(size) is int else 0
+    return int(size or 0)
 
 
 def _fast(file: Path, config: Mapping[str, Any]) -> _Read:
@@ -259,10 +309,9 @@ def _added(folder: Path, config: Mapping[str, Any]) -> list[_Added]:
     special = _special_texts(folder, config)
     try:
         if isinstance(listed, dict):
-            flags = ("lstrip", "rstrip", "single_word", "normalized")
             found = [
                 _Added(
-                    int(i), str(t["content"]), bool(t.get("special")), **{f: bool(t.get(f)) for f in flags}
+                    int(i), str(t["content"]), bool(t.get("special")), **{f: bool(t.get(f)) for f in _FLAGS}
                 )
                 for i, t in listed.items()
             ]
@@ -312,7 +361,9 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str
     A file goes before the field of tokenizer_config.json, as in transformers.
     """
     named: dict[str, Any] = {}
-    found = _read(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    beside = {"chat_template": _read(folder / "chat_template.json").get("chat_template")}
+    check_fields(beside, folder / "chat_template.json", kinds=_CONFIG)
+    found = beside["chat_template"] or config.get("chat_template")
     if isinstance(found, list):
         named = {str(t.get("name")): t.get("template") for t in found if isinstance(t, dict)}
     elif isinstance(found, dict):
@@ -351,8 +402,3 @@ def _token_id(backend: Any, token: Any) -> int | None:
     text = token.get("content") if isinstance(token, dict) else token
     found = backend.token_to_id(text) if isinstance(text, str) else None
     return None if found is None else int(found)
-
-
-def _ids(value: Any) -> list[int]:
-    found: Iterable[Any] = value if isinstance(value, list) else [] if value is None else [value]
-    return [int(i) for i in found]

@@ -138,7 +138,13 @@ def _unpacked(checkpoint: Checkpoint) -> Checkpoint:
         ConfigError: another quantization.
     """
     quantization = checkpoint.config().get("quantization_config") or {}
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else ""
+    if not isinstance(quantization, dict) or not (method is None or isinstance(method, str)):
+        raise ConfigError(
+            f"{checkpoint.path / 'config.json'}: the config's quantization_config is {quantization!r:.200}, "
+            "but it must be a JSON object with quant_method, a text; check that the config is that of this "
+            "model"
+        )
     if method == "mxfp4":
         from core.weights.mxfp4 import Mxfp4Checkpoint
 

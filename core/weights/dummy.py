@@ -129,7 +129,7 @@ def dummy_checkpoint(path: Path, seed: int = 0) -> DummyCheckpoint:
     file = path / "config.json" if path.is_dir() else path
     try:
         hf = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(
             f"{file} cannot be read as JSON ({e}); dummy weights want a folder with the model's config.json"
         ) from None

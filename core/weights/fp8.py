@@ -153,4 +153,7 @@ def _block_of(path: Path, found: Any) -> tuple[int, int]:
         return _BLOCK
     if isinstance(found, list) and len(found) == 2 and all(type(n) is int and n > 0 for n in found):
         return found[0], found[1]
-    raise WeightError(f"{path}: weight_block_size is {found!r}, but two positive numbers are wanted")
+    raise WeightError(
+        f"{path / 'config.json'}: weight_block_size is {found!r:.200}, but two positive whole numbers are "
+        "wanted; check that the config is that of this model"
+    )

@@ -94,7 +94,7 @@ class _Choice:
         if self._detokenizer is None:
             return None
         if self.offsets is not None:
-            self.offsets.append(len(self.text) + self._detokenizer.num_held())
+            self.offsets.append(len(self.text) + self._detokenizer.begin(token))
         self.text += self._detokenizer.add([token])
         if len(self.ids) <= self._min_tokens:
             self._settled = len(self.text)

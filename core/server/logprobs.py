@@ -74,7 +74,7 @@ class LogprobWriter:
         growing = IncrementalDetokenizer(self._tokenizer, (), skip_special_tokens=False)
         offsets, at = [], 0
         for i in ids:
-            begin = at + growing.num_held()
+            begin = at + growing.begin(i)
             offsets.append(min(begin, len(text)))
             shown = self._tokenizer.token_bytes(i).decode("utf-8", "replace")
             if i not in self._tokenizer.special_ids or text.startswith(shown, begin):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 
-from core.tokenizer.tokenizer import Tokenizer
+from core.tokenizer.tokenizer import REPLACEMENT, Tokenizer
 
-REPLACEMENT = "\ufffd"
 # Tokens of the prompt that decide how the output's first token looks (a space before it or not).
 CONTEXT = 4
 # A character has at most 4 bytes, so what stays unfinished for longer never was one.
@@ -44,9 +43,11 @@ class IncrementalDetokenizer:
         """Text that these tokens complete; "" while a character is unfinished."""
         return self._stream.add([t for t in token_ids if self._shows(t)])
 
-    def num_held(self) -> int:
-        """Characters that are whole and held back all the same: the next token begins after them."""
-        return self._stream.num_held()
+    def begin(self, token_id: int) -> int:
+        """Where the text of a token will begin, counted in characters from the end of what was given out so
+        far, if the token is added next. One that goes on with an unfinished character begins where that does.
+        """
+        return self._stream.begin(token_id) if self._shows(token_id) else 0
 
     def finish(self) -> str:
         """What was held back: bytes that form no character come out as U+FFFD. Nothing may be added after."""
@@ -77,8 +78,8 @@ class _Bytes:
     def add(self, ids: Sequence[int]) -> str:
         return self._decoder.decode(b"".join(self._tokenizer.token_bytes(i) for i in ids))
 
-    def num_held(self) -> int:
-        return 0
+    def begin(self, token_id: int) -> int:
+        return _chars_before(self._decoder.getstate()[0], self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -87,45 +88,83 @@ class _Bytes:
 class _Window:
     """For all others: decode the last tokens again, since a token's text depends on those before it.
 
-    The window is what was given out last, as context, and what is held back.
+    The window is the tokens that were given out last, as context, and those that are held back.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids = context
-        self._given = len(context)
-        self._text = self._decode(context).rstrip(REPLACEMENT)
+        whole = len(prompt) - self._num_unfinished(prompt)
+        self._context, self._held = prompt[:whole], prompt[whole:]
+        self._text = self._decode(self._context)
+        if self._context and self._is_part(self._context[-1]):
+            self._text = self._text.rstrip(REPLACEMENT)
 
     def add(self, ids: Sequence[int]) -> str:
-        self._ids += ids
-        if not ids:
+        self._held += ids
+        whole = len(self._held) - self._num_unfinished(self._held)
+        if not whole or not ids:
             return ""
-        # A run of raw bytes becomes text as a whole: one wrong byte spoils all of them.
-        if self._tokenizer.is_byte_fallback(ids[-1]):
+        text = self._decode(self._context + self._held[:whole])
+        if text.endswith(REPLACEMENT) and whole < MAX_HELD and self._is_part(self._held[whole - 1]):
             return ""
-        text = self._decode(self._ids)
-        if text.endswith(REPLACEMENT) and len(self._ids) - self._given < MAX_HELD:
-            return ""
-        return self._give(text)
+        return self._give(text, whole)
 
-    def num_held(self) -> int:
-        # The bytes of a character that has begun spoil the run of whole ones before them.
-        for end in range(len(self._ids), max(self._given, len(self._ids) - 4), -1):
-            text = self._decode(self._ids[:end])
-            if not text.endswith(REPLACEMENT):
-                return max(0, len(text) - len(self._text))
-        return 0
+    def begin(self, token_id: int) -> int:
+        held = b"".join(self._tokenizer.token_bytes(i) for i in self._held)
+        return _chars_before(held, self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        return self._give(self._decode(self._ids))
+        return self._give(self._decode(self._context + self._held), len(self._held))
 
-    def _give(self, text: str) -> str:
+    def _give(self, text: str, count: int) -> str:
         new = text[len(self._text) :]
-        self._ids = self._ids[self._given :] or self._ids
-        self._given = len(self._ids)
-        self._text = self._decode(self._ids)
+        self._context, self._held = self._held[:count] or self._context, self._held[count:]
+        self._text = self._decode(self._context)
         return new
 
     def _decode(self, ids: Sequence[int]) -> str:
         # Tokens without text were left out before: dropping them here would move the window's start.
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def _num_unfinished(self, ids: Sequence[int]) -> int:
+        """How many raw bytes at the end have begun a character that further ones may complete."""
+        raw = b""
+        for i in reversed(ids[-3:]):
+            if not self._tokenizer.is_byte_fallback(i):
+                return 0
+            raw = self._tokenizer.token_bytes(i) + raw
+            if not 0x80 <= raw[0] < 0xC0:
+                return len(raw) if _is_begun(raw) else 0
+        return 0
+
+    def _is_part(self, token_id: int) -> bool:
+        """Whether a token that is no raw byte has bytes that are no whole characters."""
+        if self._tokenizer.is_byte_fallback(token_id):
+            return False
+        try:
+            self._tokenizer.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            return True
+        return False
+
+
+def _chars_before(held: bytes, token: bytes) -> int:
+    """Characters of `held` before the one in which `token`, which follows, begins."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    count = len(decoder.decode(held))
+    unfinished = decoder.getstate()[0]
+    return count + bool(unfinished and not _goes_on(unfinished + token[:1]))
+
+
+def _goes_on(raw: bytes) -> bool:
+    """Whether bytes are a character or the beginning of one."""
+    try:
+        codecs.utf_8_decode(raw, "strict", False)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_begun(raw: bytes) -> bool:
+    """Whether bytes are the beginning of a character that lacks some."""
+    return _goes_on(raw) and codecs.utf_8_decode(raw, "strict", False)[1] == 0

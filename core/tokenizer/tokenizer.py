@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,7 +62,8 @@ class Tokenizer(Protocol):
         """
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids. Bytes that form no character become U+FFFD; ids outside the vocabulary give nothing.
+        """Text of ids. Bytes that form no character become U+FFFD, one for as many as begin one, and leave
+        their neighbours alone; ids outside the vocabulary give nothing.
 
         Raises:
             RequestError: an id is negative or does not fit 32 bits.
@@ -153,6 +155,9 @@ class FastTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """See `Tokenizer`."""
         try:
+            tokens = self._mended(ids, skip_special_tokens) if self._has_byte_fallback else None
+            if tokens is not None:
+                return str(self.backend.decoder.decode(tokens))
             return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
         except OverflowError:
             raise RequestError(
@@ -196,6 +201,28 @@ class FastTokenizer:
     def _has_byte_fallback(self) -> bool:
         return any(d["type"] == "ByteFallback" for d in self._decoders)
 
+    def _mended(self, ids: Sequence[int], skip_special_tokens: bool) -> list[str] | None:
+        """The tokens with U+FFFD in place of bytes that form no character; None where there are none.
+
+        By itself the package makes U+FFFD of all the bytes of a run, if one of them is wrong: characters
+        that were there before it, and that a stream has given out, would be gone.
+        """
+        skipped = self.special_ids if skip_special_tokens else frozenset[int]()
+        found = [self.backend.id_to_token(i) for i in ids if i not in skipped]
+        tokens: list[str] = []
+        mended = False
+        for is_raw, run in groupby((t for t in found if t is not None), self._is_raw_byte):
+            kept = list(run)
+            while is_raw and kept:
+                try:
+                    bytes(int(t[3:5], 16) for t in kept).decode()
+                    break
+                except UnicodeDecodeError as e:
+                    tokens += [*kept[: e.start], REPLACEMENT]
+                    kept, mended = kept[e.end :], True
+            tokens += kept
+        return tokens if mended else None
+
     def _is_raw_byte(self, token: str) -> bool:
         return self._has_byte_fallback and _BYTE_TOKEN.fullmatch(token) is not None
 
@@ -221,6 +248,7 @@ class FastTokenizer:
         return "" if token_id is None else str(self.backend.id_to_token(token_id) or "")
 
 
+REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 

@@ -89,6 +89,9 @@ class Pieces:
     def is_byte_fallback(self, token: int) -> bool:
         return False
 
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return bytes(ids).decode("utf-8", "replace")
 

@@ -131,3 +131,22 @@ def test_what_shows_nothing_takes_no_room(connect: Connect, load: Load) -> None:
     assert asked(connect, Speaker(tokenizer, ids))[1]["text_offset"] == [0, 1, 1]
     shown = asked(connect, Speaker(tokenizer, ids), skip_special_tokens=False)
     assert shown[1]["text_offset"] == [0, 1, 1 + len(small.TURN)]
+
+
+def test_a_token_behind_a_run_of_bytes_begins_behind_its_text(connect: Connect, load: Load) -> None:
+    tokenizer = load(small.byte_fallback())
+    ids = tokenizer.encode("he日 heo")
+    text, found = asked(connect, Speaker(tokenizer, ids), prompt="lo")
+    assert (text, found["text_offset"]) == (" he日 heo", [0, 3, 3, 3, 4, 7])
+    begun = [*ids[:3], *ids[4:]]
+    text, found = asked(connect, Speaker(tokenizer, begun), prompt="lo")
+    assert (text, found["text_offset"]) == (" he\ufffd heo", [0, 3, 3, 4, 7])
+
+
+def test_a_token_behind_a_character_that_was_left_begins_behind_its_sign(
+    connect: Connect, load: Load
+) -> None:
+    tokenizer = load(small.byte_level(SMALL))
+    first, _, x = tokenizer.encode("éx")
+    text, found = asked(connect, Speaker(tokenizer, [first, x, first, first, x]))
+    assert (text, found["text_offset"]) == ("\ufffdx\ufffd\ufffdx", [0, 1, 2, 3, 4])

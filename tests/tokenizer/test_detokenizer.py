@@ -96,12 +96,104 @@ def test_a_character_of_several_tokens_comes_out_whole(tmp_path: Path) -> None:
     assert stream(found, ids[:3], ids[3:], True) == ["", "🙂", "y", ""]
 
 
-def test_bytes_come_out_when_their_run_ends(tmp_path: Path) -> None:
-    found = load_tokenizer(small.write_folder(tmp_path, small.byte_fallback()))
-    ids = [3 + b for b in "日".encode()]
+def fallback(folder: Path) -> Tokenizer:
+    return load_tokenizer(small.write_folder(folder, small.byte_fallback()))
+
+
+def raw_bytes(*values: int) -> list[int]:
+    """Ids of raw bytes in `small.byte_fallback`."""
+    return [3 + value for value in values]
+
+
+def test_each_character_of_a_run_of_bytes_comes_out_when_it_is_complete(tmp_path: Path) -> None:
+    found = fallback(tmp_path)
+    ids = raw_bytes(*"日é🙂".encode())
     space_he = found.encode("he")[0]
-    assert stream(found, [space_he], [*ids, space_he], True) == ["", "", "", "日 he", ""]
-    assert stream(found, [space_he], ids, True) == ["", "", "", "日"]
+    whole = ["", "", "日", "", "é", "", "", "", "🙂", " he", ""]
+    assert stream(found, [space_he], [*ids, space_he], True) == whole
+    assert stream(found, [space_he, *ids[:2]], ids[2:5], True) == ["日", "", "é", ""]
+
+
+def test_bytes_that_form_no_character_leave_those_around_them_alone(tmp_path: Path) -> None:
+    found = fallback(tmp_path)
+    space_he = found.encode("he")[0]
+    ids = [*raw_bytes(*"日".encode(), 0xFF, *"日".encode(), *"日".encode()[:2]), space_he]
+    assert found.decode(ids) == "日\ufffd日\ufffd he"
+    assert stream(found, [], ids, True) == ["", "", "日", "\ufffd", "", "", "日", "", "", "\ufffd he", ""]
+    assert stream(found, [], ids[:-1], True)[-1] == "\ufffd"
+
+
+_CHARACTERS = st.sampled_from([*"日é🙂ho\u2581", "\ufffd"]).map(lambda c: raw_bytes(*c.encode()))
+_RUNS = st.lists(
+    st.one_of(
+        _CHARACTERS,
+        _CHARACTERS.flatmap(lambda ids: st.integers(0, len(ids)).map(lambda n: ids[:n])),
+        st.integers(0, 255).map(lambda b: raw_bytes(b)),
+        st.integers(0, 275).map(lambda i: [i]),
+    ),
+    max_size=14,
+).map(lambda parts: [i for part in parts for i in part])
+
+
+def units(tokenizer: Tokenizer, ids: list[int]) -> list[list[int]]:
+    """Ids in groups: those of one character, or of bytes that become one U+FFFD; any other token alone."""
+    found: list[list[int]] = []
+    at = 0
+    while at < len(ids):
+        end = at
+        while end < len(ids) and tokenizer.is_byte_fallback(ids[end]):
+            end += 1
+        raw = b"".join(tokenizer.token_bytes(i) for i in ids[at:end])
+        while raw:
+            try:
+                size = len(raw.decode()[0].encode())
+            except UnicodeDecodeError as e:
+                size = len(raw[: e.start].decode()[0].encode()) if e.start else e.end
+            found.append(ids[at : at + size])
+            at, raw = at + size, raw[size:]
+        if at < len(ids):
+            found.append(ids[at : at + 1])
+            at += 1
+    return found
+
+
+@settings(max_examples=400, deadline=None)
+@given(ids=_RUNS, skip=st.booleans())
+def test_runs_of_bytes_join_to_their_text_and_none_is_kept_back_for_long(
+    tokenizer: Tokenizer, ids: list[int], skip: bool
+) -> None:
+    whole = tokenizer.decode(ids, skip)
+    given = stream(tokenizer, [], ids, skip)
+    assert "".join(given) == whole
+    if not tokenizer.is_byte_fallback(3):
+        return
+    shown = [i for i in ids if i < tokenizer.vocab_size and not (skip and i in tokenizer.special_ids)]
+    detokenizer, text = IncrementalDetokenizer(tokenizer, [], skip), ""
+    before: list[int] = []
+    for unit in units(tokenizer, shown):
+        start = len(tokenizer.decode(before, False))
+        for i in unit:
+            assert len(text) + detokenizer.begin(i) == start
+            text += detokenizer.add([i])
+            assert whole.startswith(text)
+        before += unit
+        is_character = all(map(tokenizer.is_byte_fallback, unit)) and REPLACEMENT not in tokenizer.decode(
+            unit
+        )
+        if is_character or not tokenizer.is_byte_fallback(unit[0]):
+            assert text == tokenizer.decode(before, False)
+    assert text + detokenizer.finish() == whole
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=_RUNS)
+def test_text_of_bytes_that_are_whole_characters_is_the_packages(
+    tokenizer: Tokenizer, ids: list[int]
+) -> None:
+    assert isinstance(tokenizer, FastTokenizer)
+    text = tokenizer.decode(ids)
+    if REPLACEMENT not in text:
+        assert text == tokenizer.backend.decode(ids)
 
 
 def test_skipped_and_unknown_tokens_do_not_cost_the_next_one_its_space(tmp_path: Path) -> None:

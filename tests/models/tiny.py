@@ -655,7 +655,9 @@ def _load(path: Path, as_published: bool) -> Any:
                     fresh = type(module)(module.config)
                     for name in buffers:
                         setattr(module, name, getattr(fresh, name))
-    return model
+    # Llama 4's wrapper holds a whole text model; only around images does it add anything of its own.
+    text = getattr(model, "language_model", None)
+    return text if hasattr(text, "lm_head") else model
 
 
 def _logits(model: Any, token_ids: np.ndarray, as_published: bool) -> np.ndarray:

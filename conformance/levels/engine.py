@@ -334,7 +334,7 @@ ABOUT: dict[Callable[..., None], str] = {
     late: "a deadline ends its request alone",
     seeded: "a seed gives the same tokens in any company",
 }
-_STRICT = (identity, aborted)
+_STRICT = (identity, aborted, prefix_hit)
 
 
 def checks(spec: BackendSpec) -> Iterator[Check]:

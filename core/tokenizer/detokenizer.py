@@ -150,14 +150,18 @@ class _Window:
 
 def _chars_before(held: bytes, token: bytes) -> int:
     """Characters of `held` before the one in which `token`, which follows, begins."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    count = len(decoder.decode(held))
-    unfinished = decoder.getstate()[0]
-    return count + bool(unfinished and not _goes_on(unfinished + token[:1]))
+    for size in (3, 2, 1):
+        end = held[-size:]
+        if len(end) == size and _is_begun(end) and _goes_on(end + token[:1]):
+            return len(held[:-size].decode(errors="replace"))
+    return len(held.decode(errors="replace"))
 
 
 def _goes_on(raw: bytes) -> bool:
     """Whether bytes are a character or the beginning of one."""
+    # Python's decoder waits for the third byte of a surrogate, though no character begins so.
+    if raw[:1] == b"\xed" and raw[1:2] >= b"\xa0":
+        return False
     try:
         codecs.utf_8_decode(raw, "strict", False)
     except UnicodeDecodeError:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders
 
@@ -159,6 +159,8 @@ def units(tokenizer: Tokenizer, ids: list[int]) -> list[list[int]]:
 
 @settings(max_examples=400, deadline=None)
 @given(ids=_RUNS, skip=st.booleans())
+@example(ids=raw_bytes(0xED, 0xA0), skip=False)
+@example(ids=raw_bytes(0xED, 0xA0, 0x80, 0xF4, 0x90), skip=False)
 def test_runs_of_bytes_join_to_their_text_and_none_is_kept_back_for_long(
     tokenizer: Tokenizer, ids: list[int], skip: bool
 ) -> None:

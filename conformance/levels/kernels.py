@@ -69,6 +69,7 @@ def bench_of(context: Context, case: Case, world: World) -> Bench:
 def checks(spec: BackendSpec) -> Iterator[Check]:
     """See `conformance.catalogue`."""
     blocks = cached.block_cases(sorted(spec.cache.block_sizes))
+    seen: set[str] = set()
     for case in (*plain.cases(), *cached.cases(), *blocks, *fused.cases()):
         for schedule in case.schedules:
             yield _check(case, schedule, "rule-a", _rule_a(case, schedule))
@@ -77,6 +78,14 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
                 yield _check(case, case.schedules[-1], f"poison-{poison}", _poisoned(case, poison))
         if case.composite is not None:
             yield _check(case, case.schedules[-1], "composite", _composite(case))
+        if "x" in case.inputs and case.op not in seen and case.op not in _MOVES:
+            seen.add(case.op)
+            together = "mixed" if "mixed" in case.schedules else case.schedules[-1]
+            yield _check(case, together, "isolated", _isolated(case, together))
+
+
+_MOVES = ("take",)
+"""Ops whose rows are not their own token's."""
 
 
 def profile_of(op: str) -> str:
@@ -92,6 +101,7 @@ def _check(case: Case, schedule: str, what: str, run: Callable[[Context], None])
     about = {
         "rule-a": "every element within the theoretical bound of the float64 reference, from the same inputs",
         "composite": "the fused op agrees with the composite of plain ops that defines it",
+        "isolated": "what is not a number in one sequence does not reach another",
     }.get(what, "no result depends on memory that no live token of the row owns")
     return Check(
         id=f"L2/{case.op}/{case.name}-{schedule}-{what}",
@@ -99,7 +109,7 @@ def _check(case: Case, schedule: str, what: str, run: Callable[[Context], None])
         about=f"{case.op}, {case.name}, tokens given {schedule}: {about}",
         supported=case.supported,
         profile=profile_of(case.op),
-        is_waivable=not what.startswith("poison"),
+        is_waivable=not what.startswith(("poison", "isolated")),
     )
 
 
@@ -126,6 +136,24 @@ def _poisoned(case: Case, poison: str) -> Callable[[Context], None]:
         found = bench.run(getattr(world, schedule)())
         bound = case.exact(context.precision).error
         context.within(found, expected(case, world, schedule), bound, f"{case.op} in poisoned memory")
+
+    return run
+
+
+def _isolated(case: Case, schedule: str) -> Callable[[Context], None]:
+    def run(context: Context) -> None:
+        world = case.world.fitted(context.spec)
+        steps = getattr(world, schedule)()
+        clean = bench_of(context, case, world).run(steps)
+        first, count = (world.first_id(1), world.lengths[1]) if len(world.lengths) > 1 else (1, 1)
+        x = case.inputs["x"]
+        spoiled = x.array.copy()
+        spoiled[first : first + count] = np.nan
+        sick = replace(case, inputs={**case.inputs, "x": replace(x, array=spoiled)})
+        with np.errstate(all="ignore"):
+            found = bench_of(context, sick, world).run(steps)
+        others = [i for i in range(world.num_tokens) if not first <= i < first + count]
+        context.equal(found[others], clean[others], f"{case.op} of sequences beside one that is not a number")
 
     return run
 

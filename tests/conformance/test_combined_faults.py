@@ -103,6 +103,20 @@ FAULTS: dict[str, tuple[str, list[Edit]]] = {
     "fused attention forgets chunks": ("L2/norm_rope_attend/", fused("chunk=None")),
     "fused attention is always causal": ("L2/norm_rope_attend/", fused("causal=True")),
     "fused attention forgets the scale by position": ("L2/norm_rope_attend/", fused("q_scale=None")),
+    "one token's NaN spoils all tokens that go to experts": (
+        "L2/experts/",
+        [
+            (
+                "experts",
+                "    out = np.zeros(x.shape)\n",
+                "    out = np.full(x.shape, 0.0 if np.isfinite(x).all() else np.nan)\n",
+            )
+        ],
+    ),
+    "one sequence's NaN spoils all that are scanned": (
+        "L2/state_scan/",
+        [("state", "beta[n] * (wide(v[t, n])", "beta[n] * (wide(v[t, n]) + 0 * np.sum(v)")],
+    ),
     "only the first blocks of a long list are copied": (
         "L1/blocks/many-",
         [("allocator", "read, write = _ids(src), _ids(dst)", "read, write = _ids(src)[:32], _ids(dst)[:32]")],
@@ -172,6 +186,7 @@ def test_a_fault_is_found_by_its_own_family(name: str) -> None:
         "L2/addressing/[a-z]+-",
         "L2/sampling/(neighbours|not-a-number|after-not-a-number)",
         "L2/.*-poison-",
+        "L2/.*-isolated$",
         "L5/engine/(identity|aborted|prefix-hit)-",
     ],
 )

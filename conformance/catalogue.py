@@ -32,6 +32,7 @@ _MODULES = {
         "conformance.levels.kernels",
         "conformance.levels.accuracy",
         "conformance.levels.addressing",
+        "conformance.levels.sizes",
         "conformance.levels.edges",
         "conformance.levels.packed",
         "conformance.levels.sampling",

@@ -71,7 +71,12 @@ def targets(world: World, window: int | None, rng: np.random.Generator) -> list[
 
 
 def attention(
-    context: Context, heads: str, window: Callable[[int], int] | None, schedule: str, stale: bool
+    context: Context,
+    heads: str,
+    window: Callable[[int], int] | None,
+    schedule: str,
+    stale: bool,
+    given: tuple[int, ...] = (),
 ) -> None:
     """Each query reads exactly the entry that it names, though keys that it may not see match better."""
     N, K = HEADS[heads]
@@ -80,7 +85,9 @@ def attention(
     width = None if window is None else max(1, window(block))
     spec = attention_spec(N=N, K=K, H=H, window=width)
     layer = layer_of(spec, window=width)
-    world = World(lengths(block, H), (layer,), seed=int(context.rng().integers(1 << 30))).fitted(context.spec)
+    world = World(given or lengths(block, H), (layer,), seed=int(context.rng().integers(1 << 30))).fitted(
+        context.spec
+    )
     meant = targets(world, width, context.rng())
     q, k, v, wanted = (np.concatenate(x) for x in zip(*_rows(world, meant, spec), strict=True))
     source, slices = table(q, k, v)

@@ -313,12 +313,13 @@ def expert_cases() -> Iterator[Case]:
     for name, activation, biased, on_input, limit, moved in (
         ("plain", "silu", False, False, None, False),
         ("crowded", "silu", False, False, None, False),
+        ("many", "silu", False, False, None, False),
         ("bias", "gelu_tanh", True, False, None, False),
         ("swigluoai", "swigluoai", True, False, 1.5, False),
         ("on-input", "silu", False, True, None, False),
         ("moved", "silu", False, False, None, True),
     ):
-        draw, E = Draw(len(name)), 12 if name == "crowded" else 6
+        draw, E = Draw(len(name)), {"crowded": 12, "many": 128}.get(name, 6)
         x, logits = draw(T, D), draw(T, E)
         if name == "crowded":
             logits[:, :k] = (8.0, 8.5, 9.0)  # every token has the same experts, and none may be dropped

@@ -117,6 +117,83 @@ FAULTS: dict[str, tuple[str, list[Edit]]] = {
         "L2/state_scan/",
         [("state", "beta[n] * (wide(v[t, n])", "beta[n] * (wide(v[t, n]) + 0 * np.sum(v)")],
     ),
+    "keys beyond a kernel's tiles are not seen": (
+        "L2/attend/attend-long-",
+        [
+            (
+                "attention",
+                "return np.arange(first, min(end, length))",
+                "return np.arange(first, min(end, length, 512))",
+            )
+        ],
+    ),
+    "rows beyond a kernel's table read another's blocks": (
+        "L2/attend/rows-",
+        [("allocator", _BLOCK, _BLOCK.replace("[row,", "[min(row, 8),"))],
+    ),
+    "tokens beyond a scan's chunks are left out": (
+        "L2/state_scan/state_scan-[0-9]",
+        [
+            (
+                "state",
+                "            decay = np.exp(-rate",
+                "            if i >= 256:\n                continue\n            decay = np.exp(-rate",
+            )
+        ],
+    ),
+    "outputs beyond a grid's reach stay zero": (
+        "L2/linear/outputs-",
+        [
+            (
+                "arithmetic",
+                "    y = np.empty((len(rows), len(w)))\n",
+                "    y = np.empty((len(rows), len(w)))\n    w = w.copy()\n    w[4096:] = 0\n",
+            )
+        ],
+    ),
+    "logits of a wide head lose half their bits": (
+        "L2/linear/outputs-",
+        [
+            (
+                "ops",
+                "return y if wide else self._round(y)",
+                "if wide and y.shape[-1] > 1000:\n"
+                "            return (y.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)\n"
+                "        return y if wide else self._round(y)",
+            )
+        ],
+    ),
+    "a sum ends at a depth": (
+        "L2/linear/depth-",
+        [
+            (
+                "arithmetic",
+                "    w = wide(w)\n    y = np",
+                "    w = wide(w).copy()\n    w[:, 2048:] = 0\n    y = np",
+            )
+        ],
+    ),
+    "ids are held in 16 bits": (
+        "L2/embed/rows-from-",
+        [
+            (
+                "ops",
+                "        out = np.zeros((len(ids), w.shape[1]))\n",
+                "        ids = np.asarray(ids).astype(np.uint16)\n"
+                "        out = np.zeros((len(ids), w.shape[1]))\n",
+            )
+        ],
+    ),
+    "experts beyond a table's end are another's": (
+        "L2/experts/experts-many-",
+        [
+            (
+                "experts",
+                "            slot = int(chosen if slot_of_expert",
+                "            chosen = chosen % 64\n            slot = int(chosen if slot_of_expert",
+            )
+        ],
+    ),
     "only the first blocks of a long list are copied": (
         "L1/blocks/many-",
         [("allocator", "read, write = _ids(src), _ids(dst)", "read, write = _ids(src)[:32], _ids(dst)[:32]")],

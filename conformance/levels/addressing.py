@@ -15,11 +15,10 @@ import numpy as np
 
 from conformance.bench import Array, Bench
 from conformance.check import Check, Context, Failed
-from conformance.levels.kernels import expected, in_dtype
-from conformance.opcases import cached
+from conformance.levels.kernels import in_dtype
 from conformance.opcases.base import Draw, activations, constant_use, product_use, table
 from conformance.opcases.cached import attention_spec, layer_of
-from conformance.world import Row, World
+from conformance.world import World
 from core.contract.opspecs import AttentionSpec, Rope, RopeSpec, RouteSpec
 from core.contract.spec import BackendSpec
 
@@ -314,22 +313,6 @@ def far_positions(context: Context) -> None:
     context.equal(bench.run(world.whole()), -x.reshape(3, H), "elements turned by half a circle")
 
 
-def checkpoints(context: Context, offset: int) -> None:
-    """A row goes on from a state that was stored within a chunk as if it had never stopped."""
-    case = next(c for c in cached.cases() if c.op == "state_scan")
-    world = case.world.fitted(context.spec)
-    bench = Bench(context.subject, context.dtype, in_dtype(world, context.dtype), case.inputs, case.fn)
-    slot = world.checkpoint_slot(0)
-    found = bench.step([Row(0, 0, 12, checkpoint_offset=offset, checkpoint=slot)])
-    found |= bench.step([Row(0, 12, 6)])
-    again = bench.step([Row(0, offset, 11)], read=slot)
-    wanted = expected(case, world, "whole")
-    error = np.broadcast_to(np.asarray(case.exact(context.precision).error), wanted.shape)
-    for (sequence, position), row in [*found.items(), *again.items()]:
-        t = world.first_id(sequence) + position
-        context.within(row, wanted[t], error[t], f"the token at position {position}")
-
-
 def underflow(context: Context) -> None:
     """Router logits so low that every score is 0: weights are 0 or equal, and finite."""
     spec = RouteSpec(num_experts=8, top_k=3, scoring="sigmoid")
@@ -434,14 +417,6 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
     yield Check(
         "L2/rope/far-positions", far_positions, "positions beyond 32,768 are rotated by their own row"
     )
-    for offset in (1, 7, 12):
-        yield Check(
-            f"L2/checkpoints/offset-{offset}",
-            partial(checkpoints, offset=offset),
-            "a state stored within a chunk is that after so many tokens",
-            ("state_kinds",),
-            profile="state",
-        )
     for what in ("blocks", "again", "powers"):
         yield Check(
             f"L2/metamorphic/{what}",

@@ -13,7 +13,7 @@ from conformance.check import Check, Context
 from conformance.levels.addressing import code_size
 from conformance.levels.kernels import expected, in_dtype
 from conformance.opcases import cached
-from conformance.opcases.base import Case, activations, bias_use, table
+from conformance.opcases.base import activations, bias_use, table
 from conformance.opcases.cached import attention_spec, layer_of
 from conformance.world import Row, World
 from core.contract.opspecs import AttentionSpec
@@ -72,24 +72,28 @@ def _attention(
     return bench.run(world.mixed())
 
 
-def conv_checkpoints(context: Context, offset: int) -> None:
-    """A convolution goes on from inputs that were stored within a chunk as if it had never stopped."""
-    case = next(case for case in cached.cases() if case.op == "short_conv")
+def checkpoints(context: Context, op: str, offset: int) -> None:
+    """Two rows of a step store their states, each after so many tokens, and go on as if never stopped."""
+    case = next(case for case in cached.cases() if case.op == op)
     world = case.world.fitted(context.spec)
     bench = Bench(context.subject, context.dtype, in_dtype(world, context.dtype), case.inputs, case.fn)
-    slot = world.checkpoint_slot(0)
-    found = bench.step([Row(0, 0, 12, checkpoint_offset=offset, checkpoint=slot)])
-    found |= bench.step([Row(0, 12, 6)])
-    found |= bench.step([Row(0, offset, 11)], read=slot)
-    _compare(context, case, world, found)
-
-
-def _compare(context: Context, case: Case, world: World, found: dict[tuple[int, int], Array]) -> None:
+    offsets = {0: offset, 2: 13 - offset}
+    rows = [
+        Row(s, 0, 12, checkpoint_offset=at, checkpoint=world.checkpoint_slot(s)) for s, at in offsets.items()
+    ]
+    found: dict[tuple[int, int], Array] = {}
+    for step in world.legal([rows], bench.rules):
+        found |= bench.step(step)
+    for s in offsets:
+        found |= bench.step([Row(s, 12, 6)])
+    again: dict[tuple[int, int], Array] = {}
+    for s, at in offsets.items():
+        again |= bench.step([Row(s, at, 11 if s == 0 else 18 - at)], read=world.checkpoint_slot(s))
     wanted = expected(case, world, "whole")
     error = np.broadcast_to(np.asarray(case.exact(context.precision).error), wanted.shape)
-    for (sequence, position), row in found.items():
+    for (sequence, position), row in [*found.items(), *again.items()]:
         t = world.first_id(sequence) + position
-        context.within(row, wanted[t], error[t], f"the token at position {position}")
+        context.within(row, wanted[t], error[t], f"sequence {sequence}: the token at position {position}")
 
 
 def checks(spec: BackendSpec) -> Iterator[Check]:
@@ -104,11 +108,19 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
             about,
             ("attention.sinks",),
         )
-    for offset in (1, 7, 12):
-        yield Check(
-            f"L2/checkpoints/conv-offset-{offset}",
-            partial(conv_checkpoints, offset=offset),
+    for op, name, about in (
+        ("state_scan", "offset", "a state stored within a chunk is that after so many tokens, of each row"),
+        (
+            "short_conv",
+            "conv-offset",
             "a convolution's inputs stored within a chunk are those of so many tokens",
-            ("state_kinds",),
-            profile="state",
-        )
+        ),
+    ):
+        for offset in (1, 7, 12):
+            yield Check(
+                f"L2/checkpoints/{name}-{offset}",
+                partial(checkpoints, op=op, offset=offset),
+                about,
+                ("state_kinds",),
+                profile="state",
+            )

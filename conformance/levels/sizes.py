@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from conformance.bench import Bench
+from conformance.bench import Bench, Input
 from conformance.check import Check, Context
 from conformance.levels.addressing import attention
 from conformance.levels.kernels import rule_a
 from conformance.opcases import cached
-from conformance.opcases.base import Case, Input, activations, product_use, table
+from conformance.opcases.base import Case, activations, product_use, table
 from conformance.opcases.cached import attention_spec, layer_of
 from conformance.world import World
 from core.contract.spec import BackendSpec

@@ -387,6 +387,7 @@ def scan_case(name: str, lengths: tuple[int, ...], spec: ScanSpec) -> Case:
 def scan_cases() -> Iterator[Case]:
     yield scan_case("state_scan", LENGTHS, SCAN)
     yield scan_case("state_scan-long", (150, 70), SCAN)
+    yield scan_case("state_scan-rows", (29, 21, 23, 17, 8, 4), SCAN)
     raw = ScanSpec(
         kind="gated_delta", num_k_heads=4, num_v_heads=4, k_size=8, v_size=6, scale=1.0, l2_norm_eps=None
     )

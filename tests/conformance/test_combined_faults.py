@@ -131,6 +131,28 @@ FAULTS: dict[str, tuple[str, list[Edit]]] = {
         "L2/attend/rows-",
         [("allocator", _BLOCK, _BLOCK.replace("[row,", "[min(row, 8),"))],
     ),
+    "a later row begins with what its slot held": (
+        "L2/state_scan/",
+        [
+            (
+                "state",
+                "np.zeros_like(part[0]) if slot < 0 else",
+                "np.nan_to_num(part[int(fields.write[row.number])]) if slot < 0 and row.number > 2"
+                " else np.zeros_like(part[0]) if slot < 0 else",
+            )
+        ],
+    ),
+    "only the first row's state is stored": (
+        "L2/checkpoints/offset-",
+        [
+            (
+                "state",
+                "        offset = int(fields.checkpoint_offset[row.number])\n        for i, t",
+                "        offset = int(fields.checkpoint_offset[row.number]) if row.number == 0 else 0\n"
+                "        for i, t",
+            )
+        ],
+    ),
     "tokens beyond a scan's chunks are left out": (
         "L2/state_scan/state_scan-[0-9]",
         [

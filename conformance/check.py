@@ -29,6 +29,10 @@ class Missing(Exception):
     """What a check needs, beside the backend, is not on this machine; says what, and how to get it."""
 
 
+class Inherited(Exception):
+    """The backend has nothing of its own here: core's composite of plain ops stands in, which are checked."""
+
+
 class Context:
     """What a running check may use. Figures that it records go into the report.
 

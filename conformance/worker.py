@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from conformance.check import Check, Context, Failed, Missing, Result, check_seed
+from conformance.check import Check, Context, Failed, Inherited, Missing, Result, check_seed
 from conformance.status import Status
 from conformance.subject import Subject, Target
 from core.contract.errors import CoreError, DeviceError, UnsupportedError
@@ -55,6 +55,8 @@ def run_check(check: Check, subject: Subject, run_seed: int) -> Result:
             status = Status.QUALITY_WARNING
     except Failed as error:
         status, message = Status.FAIL, str(error)
+    except Inherited as error:
+        status, message = Status.NOT_SUPPORTED, str(error)
     except Missing as error:
         status, message = Status.INFRA, str(error)
     except DeviceError as error:

@@ -293,3 +293,14 @@ def test_what_keeps_requests_apart_is_never_waived(pattern: str) -> None:
     target = Target("cpu_reference", "float32")
     found = [c for c in catalogue(Subject.of(target).spec, target, 2) if re.match(pattern, c.id)]
     assert found and not [c.id for c in found if c.is_waivable]
+
+
+@pytest.mark.parametrize(
+    ("backend", "status"), [("cpu_reference", "pass"), ("core_tile.plugin:", "not supported")]
+)
+def test_an_inherited_composite_is_no_pass(backend: str, status: str) -> None:
+    subject = Subject.of(Target(backend, "float32"))
+    checks = [
+        c for c in catalogue(subject.spec, subject.target, 2) if c.id.endswith("norm_linear-whole-composite")
+    ]
+    assert [run_check(c, subject, 2).status for c in checks] == [status]

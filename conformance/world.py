@@ -59,6 +59,7 @@ class World:
     outputs: Outputs = field(default_factory=lambda: Outputs(all_logits=True))
     max_verify: int = 8
     multiple: int = 1
+    first_block: int = 1
 
     def fitted(self, spec: BackendSpec) -> World:
         """This world with blocks and rows that a backend declares."""
@@ -103,8 +104,10 @@ class World:
 
     @cached_property
     def plan(self) -> CachePlan:
-        """Twice the blocks that are needed; state slots for the sequences and as many checkpoints."""
-        blocks = 1 + 2 * len(self.lengths) * self.width
+        """Those before `first_block`, and twice the blocks that are needed; state slots for the sequences and
+        as many checkpoints.
+        """
+        blocks = self.first_block + 2 * len(self.lengths) * self.width
         groups = []
         for i, layer in enumerate(self.layers):
             if layer.kind == "state":
@@ -137,11 +140,14 @@ class World:
 
     @cached_property
     def blocks(self) -> tuple[npt.NDArray[np.int32], ...]:
-        """Each paged group's block ids [sequences, width]: distinct, scattered, never the pad block."""
+        """Each paged group's block ids [sequences, width]: distinct, scattered, from `first_block` on, never
+        the pad block.
+        """
         rng = np.random.default_rng(self.seed)
         found = []
         for group in self.plan.groups:
-            ids = 1 + rng.permutation(max(group.num_blocks - 1, len(self.lengths) * self.width))
+            count = max(group.num_blocks - self.first_block, len(self.lengths) * self.width)
+            ids = self.first_block + rng.permutation(count)
             found.append(
                 ids[: len(self.lengths) * self.width].reshape(len(self.lengths), self.width).astype(np.int32)
             )

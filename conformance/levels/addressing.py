@@ -16,6 +16,7 @@ import numpy as np
 from conformance.bench import Array, Bench
 from conformance.check import Check, Context, Failed
 from conformance.levels.kernels import in_dtype
+from conformance.levels.memory import beyond
 from conformance.opcases.base import Draw, activations, constant_use, product_use, table
 from conformance.opcases.cached import attention_spec, layer_of
 from conformance.world import World
@@ -76,6 +77,7 @@ def attention(
     schedule: str,
     stale: bool,
     given: tuple[int, ...] = (),
+    is_far: bool = False,
 ) -> None:
     """Each query reads exactly the entry that it names, though keys that it may not see match better."""
     N, K = HEADS[heads]
@@ -87,6 +89,8 @@ def attention(
     world = World(given or lengths(block, H), (layer,), seed=int(context.rng().integers(1 << 30))).fitted(
         context.spec
     )
+    if is_far:
+        world, _ = beyond(context, in_dtype(world, context.dtype))
     meant = targets(world, width, context.rng())
     q, k, v, wanted = (np.concatenate(x) for x in zip(*_rows(world, meant, spec), strict=True))
     source, slices = table(q, k, v)
@@ -390,6 +394,14 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
                         () if window is None else ("attention.window",),
                         is_waivable=False,
                     )
+    yield Check(
+        "L2/addressing/past-2-31-elements",
+        partial(attention, heads="grouped", window=None, schedule="mixed", stale=False, is_far=True),
+        f"a cache of more than 2**31 elements: {about}",
+        timeout_s=300.0,
+        is_quick=False,
+        is_waivable=False,
+    )
     for group in HOLDS:
         yield Check(
             f"L2/accumulator/hold-{group}",

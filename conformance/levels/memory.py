@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from conformance.bench import Bench
-from conformance.check import Check, Context
+from conformance.check import Check, Context, Missing
 from conformance.opcases.base import Draw, table
 from conformance.opcases.cached import attention_spec, latent_layer, layer_of
 from conformance.world import Row, World
@@ -168,6 +168,57 @@ def many(context: Context, kind: str) -> None:
     zero = tuple(np.zeros_like(x) for x in kept)
     same(context, read(bench, 0, source), zero, f"{half} blocks zeroed at once")
     same(context, read(bench, 0, target), kept, "blocks beside those zeroed")
+
+
+def far(context: Context) -> None:
+    """Blocks on both sides of where an index of 32 bits turns negative, and the first ones."""
+    layer = layers(context.spec, context.dtype)["paged"]
+    world, mark = beyond(context, World((20, 3), (layer,)).fitted(context.spec))
+    allocator = context.subject.handle.memory_allocator(AllocatorRequest(device=context.subject.device))
+    state = allocator.allocate_state(world.plan)
+    last = world.plan.groups[0].num_blocks - 1
+    blocks = [1, 2, 3, mark - 1, mark, mark + 1, last]
+    rng = context.rng()
+    shapes = [part.shape[1:] for part in allocator.export_blocks(state, 0, [1]).get()]
+    held = tuple(
+        rng.normal(size=(len(blocks), *shape)).astype(np.dtype(world.layers[0].dtype)) for shape in shapes
+    )
+
+    def pick(*at: int) -> Parts:
+        return tuple(x[list(at)] for x in held)
+
+    state = allocator.import_blocks(state, 0, blocks, held)
+    same(context, allocator.export_blocks(state, 0, blocks).get(), held, f"blocks about block {mark}")
+    state = allocator.copy_blocks(state, 0, [mark + 1, 1], [2, last])
+    same(
+        context,
+        allocator.export_blocks(state, 0, [2, last]).get(),
+        pick(5, 0),
+        "blocks copied across the mark",
+    )
+    state = allocator.zero_blocks(state, 0, [mark])
+    found = allocator.export_blocks(state, 0, [mark - 1, mark, mark + 1]).get()
+    wanted = tuple(np.stack([x[0], np.zeros_like(x[1]), x[2]]) for x in pick(3, 4, 5))
+    same(context, found, wanted, "a zeroed block and its neighbours")
+    allocator.free_state(state)
+
+
+def beyond(context: Context, world: World) -> tuple[World, int]:
+    """The world with its blocks about the end of the first 2**31 elements of a part of its one layer, and the
+    block in which that lies.
+
+    Raises:
+        Missing: the device has not the memory.
+    """
+    layer = world.layers[0]
+    mark = 2**31 // (world.block_size * layer.num_kv_heads * layer.head_size)
+    world = replace(world, first_block=mark - 2)
+    allocator = context.subject.handle.memory_allocator(AllocatorRequest(device=context.subject.device))
+    wanted = allocator.block_bytes(layer, world.block_size) * world.plan.groups[0].num_blocks
+    free = context.subject.device.memory().free_bytes
+    if wanted > 0.9 * free:
+        raise Missing(f"a cache of more than 2**31 elements has {wanted} bytes; the device has {free} free")
+    return world, mark
 
 
 def nothing_to_move(context: Context, kind: str) -> None:
@@ -400,6 +451,8 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
                 profile=profile,
                 is_waivable=run not in NEVER_WAIVED,
             )
+    about = "blocks past 2**31 elements are themselves"
+    yield Check("L1/blocks/far", far, about, timeout_s=300.0, is_quick=False, is_waivable=False)
     for single, about in OTHERS.items():
         yield Check(f"L1/memory/{_name(single)}", single, about, is_waivable=single not in NEVER_WAIVED)
     for uses in USES:

@@ -276,7 +276,7 @@ class Program(Protocol):
         The state given in may not be used again; the caller keeps the returned one.
 
         Raises:
-            UnsupportedError: `batch.layout` is not the one that this was compiled for, or the batch holds what
+            UnsupportedError: `batch.layout` is not the one that this was compiled for, or it holds what
                 is not declared. Nothing was run; the state given in is still good.
         """
 

@@ -76,7 +76,6 @@ def attention(
     window: Callable[[int], int] | None,
     schedule: str,
     stale: bool,
-    given: tuple[int, ...] = (),
     is_far: bool = False,
 ) -> None:
     """Each query reads exactly the entry that it names, though keys that it may not see match better."""
@@ -86,9 +85,7 @@ def attention(
     width = None if window is None else max(1, window(block))
     spec = attention_spec(N=N, K=K, H=H, window=width)
     layer = layer_of(spec, window=width)
-    world = World(given or lengths(block, H), (layer,), seed=int(context.rng().integers(1 << 30))).fitted(
-        context.spec
-    )
+    world = World(lengths(block, H), (layer,), seed=int(context.rng().integers(1 << 30))).fitted(context.spec)
     if is_far:
         world, _ = beyond(context, in_dtype(world, context.dtype))
     meant = targets(world, width, context.rng())

@@ -72,7 +72,7 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
     seen: set[str] = set()
     for case in (*plain.cases(), *cached.cases(), *blocks, *fused.cases()):
         for schedule in case.schedules:
-            yield _check(case, schedule, "rule-a", rule_a(case, schedule))
+            yield _check(case, schedule, "rule-a", _rule_a(case, schedule))
         if case.world.layers:
             for poison in POISONS:
                 yield _check(case, case.schedules[-1], f"poison-{poison}", _poisoned(case, poison))
@@ -113,9 +113,7 @@ def _check(case: Case, schedule: str, what: str, run: Callable[[Context], None])
     )
 
 
-def rule_a(case: Case, schedule: str) -> Callable[[Context], None]:
-    """Every element within its theoretical bound of the float64 reference."""
-
+def _rule_a(case: Case, schedule: str) -> Callable[[Context], None]:
     def run(context: Context) -> None:
         world = case.world.fitted(context.spec)
         found = bench_of(context, case, world).run(getattr(world, schedule)())

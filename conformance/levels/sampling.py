@@ -210,6 +210,10 @@ def checks(spec: BackendSpec) -> Iterator[Check]:
         about = f"{choice}: the reference's tokens of a vocabulary beyond 65,536"
         run = partial(tokens, choice=choice, vocab=70_001, rows=3)
         yield Check(f"L2/sampling/tokens-{choice}-70001", run, about)
+    for rows in (33, 257):
+        about = f"all: the reference's tokens in each of {rows} rows"
+        run = partial(tokens, choice="all", vocab=128, rows=rows)
+        yield Check(f"L2/sampling/tokens-all-rows-{rows}", run, about)
     for what in ("seed", "position", "choice"):
         about = f"the {what} alone decides between draws"
         yield Check(f"L2/sampling/keyed-by-{what}", partial(keyed, what=what), about)

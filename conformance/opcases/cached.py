@@ -288,44 +288,47 @@ def shared_latent_case() -> Case:
     )
 
 
+def conv_case(
+    lengths: tuple[int, ...], width: int = 4, activation: str | None = "silu", biased: bool = False
+) -> Case:
+    """Random inputs, weights and bias of ten channels."""
+    C = 10
+    layer = CacheLayerSpec(
+        kind="state",
+        dtype="float32",
+        state=(StatePart(name="conv", shape=(C, width - 1), dtype="float32"),),
+    )
+    world, draw = World(lengths, (layer,)), Draw(width)
+    x, w = draw(world.num_tokens, C), draw(C, width)
+    b = draw(C)
+    spec = ConvSpec(channels=C, width=width, activation=activation)  # type: ignore[arg-type]
+    inputs = {"x": table(x)[0], "w": Input(w, ("conv",)), "b": bias_use(b)}
+
+    def fn(ops: Any, w: Any, caches: Any, step: Any) -> Any:
+        (x,) = activations(ops, w, step, [slice(None)])
+        y, cache = ops.short_conv(x, w["w"], w["b"] if biased else None, caches[0], step, spec)
+        return y, (cache,)
+
+    def exact(p: Precision) -> Bounded:
+        bias = b if biased else None
+        return per_sequence(world, lambda t: dense.short_conv(x[t], w, bias, spec.activation, p))
+
+    return Case(
+        "short_conv",
+        f"short_conv-{width}",
+        world,
+        inputs,
+        fn,
+        exact,
+        ALL_SCHEDULES,
+        lambda spec: bool(spec.state_kinds),
+    )
+
+
 def conv_cases() -> Iterator[Case]:
-    for width, activation, biased in ((4, "silu", False), (2, None, True), (3, "gelu", True)):
-        C = 10
-        layer = CacheLayerSpec(
-            kind="state",
-            dtype="float32",
-            state=(StatePart(name="conv", shape=(C, width - 1), dtype="float32"),),
-        )
-        world, draw = World(LENGTHS, (layer,)), Draw(width)
-        x, w, b = draw(world.num_tokens, C), draw(C, width), draw(C)
-        spec = ConvSpec(channels=C, width=width, activation=activation)  # type: ignore[arg-type]
-        inputs = {"x": table(x)[0], "w": Input(w, ("conv",)), "b": bias_use(b)}
-
-        def fn(ops: Any, w: Any, caches: Any, step: Any, spec: Any = spec, biased: bool = biased) -> Any:
-            (x,) = activations(ops, w, step, [slice(None)])
-            y, cache = ops.short_conv(x, w["w"], w["b"] if biased else None, caches[0], step, spec)
-            return y, (cache,)
-
-        def exact(
-            p: Precision,
-            world: Any = world,
-            x: Any = x,
-            w: Any = w,
-            b: Any = b if biased else None,
-            spec: Any = spec,
-        ) -> Bounded:
-            return per_sequence(world, lambda t: dense.short_conv(x[t], w, b, spec.activation, p))
-
-        yield Case(
-            "short_conv",
-            f"short_conv-{width}",
-            world,
-            inputs,
-            fn,
-            exact,
-            ALL_SCHEDULES,
-            lambda spec: bool(spec.state_kinds),
-        )
+    yield conv_case(LENGTHS)
+    yield conv_case(LENGTHS, 2, None, True)
+    yield conv_case(LENGTHS, 3, "gelu", True)
 
 
 SCAN = ScanSpec(kind="gated_delta", num_k_heads=2, num_v_heads=4, k_size=8, v_size=6, scale=8**-0.5)

@@ -18,6 +18,9 @@ _DRAW = "sampled = self._sampler(logits, sampling)"
 _BLOCK = "block = fields.block_table[row, positions // fields.block_size]"
 _WINDOW = "first = max(first, position - spec.window + 1)"
 _SEEN = "seen = visible(position, row.length, spec)"
+_END = "return np.arange(first, min(end, length))"
+_PRODUCT = "    y = np.empty((len(rows), len(w)))\n"
+_LOOKUP = "        out = np.zeros((len(ids), w.shape[1]))\n"
 _FUSED = "attention.attend(q, k, v, cache, step, spec, sinks)\n        return self._round(out), cache"
 
 
@@ -117,20 +120,6 @@ FAULTS: dict[str, tuple[str, list[Edit]]] = {
         "L2/state_scan/",
         [("state", "beta[n] * (wide(v[t, n])", "beta[n] * (wide(v[t, n]) + 0 * np.sum(v)")],
     ),
-    "keys beyond a kernel's tiles are not seen": (
-        "L2/attend/attend-long-",
-        [
-            (
-                "attention",
-                "return np.arange(first, min(end, length))",
-                "return np.arange(first, min(end, length, 512))",
-            )
-        ],
-    ),
-    "rows beyond a kernel's table read another's blocks": (
-        "L2/attend/rows-",
-        [("allocator", _BLOCK, _BLOCK.replace("[row,", "[min(row, 8),"))],
-    ),
     "a later row begins with what its slot held": (
         "L2/state_scan/",
         [
@@ -153,8 +142,16 @@ FAULTS: dict[str, tuple[str, list[Edit]]] = {
             )
         ],
     ),
-    "tokens beyond a scan's chunks are left out": (
-        "L2/state_scan/state_scan-[0-9]",
+    "keys beyond 512 are not read": (
+        "L2/attend/keys-",
+        [("attention", _END, f"{_END}[:512]")],
+    ),
+    "a step's table has nine rows": (
+        "L2/attend/rows-",
+        [("allocator", "fields.block_table[row,", "fields.block_table[min(row, 8),")],
+    ),
+    "a scan ends after 256 tokens": (
+        "L2/state_scan/",
         [
             (
                 "state",
@@ -163,65 +160,70 @@ FAULTS: dict[str, tuple[str, list[Edit]]] = {
             )
         ],
     ),
-    "outputs beyond a grid's reach stay zero": (
-        "L2/linear/outputs-",
+    "a convolution ends after 256 tokens": (
+        "L2/short_conv/",
         [
             (
-                "arithmetic",
-                "    y = np.empty((len(rows), len(w)))\n",
-                "    y = np.empty((len(rows), len(w)))\n    w = w.copy()\n    w[4096:] = 0\n",
+                "state",
+                "y = np.zeros(spec.channels) if bias",
+                "if i == 256:\n                break\n            y = np.zeros(spec.channels) if bias",
             )
         ],
     ),
-    "logits of a wide head lose half their bits": (
-        "L2/linear/outputs-",
+    "rows of a weight beyond 4096 are 0": (
+        "L2/linear/",
+        [("arithmetic", _PRODUCT, f"{_PRODUCT}    w = np.where(np.arange(len(w))[:, None] < 4096, w, 0)\n")],
+    ),
+    "columns of a weight beyond 2048 are 0": (
+        "L2/linear/",
+        [("arithmetic", _PRODUCT, f"{_PRODUCT}    w = np.where(np.arange(w.shape[1]) < 2048, w, 0)\n")],
+    ),
+    "a norm takes the mean of 2048 elements": (
+        "L2/norm/",
+        [
+            (
+                "arithmetic",
+                "np.array([row @ row for row in rows])",
+                "np.array([row[:2048] @ row[:2048] for row in rows])",
+            )
+        ],
+    ),
+    "logits of a large vocabulary are cut to 8 bits": (
+        "L2/linear/",
         [
             (
                 "ops",
                 "return y if wide else self._round(y)",
                 "if wide and y.shape[-1] > 1000:\n"
-                "            return (y.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)\n"
+                "            y = (y.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)\n"
                 "        return y if wide else self._round(y)",
             )
         ],
     ),
-    "a sum ends at a depth": (
-        "L2/linear/depth-",
-        [
-            (
-                "arithmetic",
-                "    w = wide(w)\n    y = np",
-                "    w = wide(w).copy()\n    w[:, 2048:] = 0\n    y = np",
-            )
-        ],
+    "ids have 16 bits": (
+        "L2/embed/",
+        [("ops", _LOOKUP, f"{_LOOKUP}        ids = np.asarray(ids).astype(np.int16)\n")],
     ),
-    "ids are held in 16 bits": (
-        "L2/embed/rows-from-",
-        [
-            (
-                "ops",
-                "        out = np.zeros((len(ids), w.shape[1]))\n",
-                "        ids = np.asarray(ids).astype(np.uint16)\n"
-                "        out = np.zeros((len(ids), w.shape[1]))\n",
-            )
-        ],
+    "rows that are taken have 16 bits": (
+        "L2/take/",
+        [("ops", "return x[rows]", "return x[np.asarray(rows).astype(np.uint16)]")],
     ),
-    "experts beyond a table's end are another's": (
-        "L2/experts/experts-many-",
+    "64 experts": (
+        "L2/experts/",
         [
             (
                 "experts",
-                "            slot = int(chosen if slot_of_expert",
-                "            chosen = chosen % 64\n            slot = int(chosen if slot_of_expert",
+                "slot = int(chosen if slot_of_expert",
+                "chosen %= 64\n            slot = int(chosen if slot_of_expert",
             )
         ],
     ),
     "only the first blocks of a long list are copied": (
-        "L1/blocks/many-",
+        "L1/blocks/whole-pool-",
         [("allocator", "read, write = _ids(src), _ids(dst)", "read, write = _ids(src)[:32], _ids(dst)[:32]")],
     ),
     "only the first blocks of a long list are zeroed": (
-        "L1/blocks/many-",
+        "L1/blocks/whole-pool-",
         [
             (
                 "allocator",
@@ -298,7 +300,7 @@ def test_a_fault_is_found_by_its_own_family(name: str) -> None:
     "pattern",
     [
         "L0/",
-        "L1/blocks/(every-block|export-is-a-copy|copies|zeros|many)-",
+        "L1/blocks/(every-block|export-is-a-copy|copies|zeros|whole-pool)-",
         "L1/memory/(sampled-slots|padding-writes-nothing)",
         "L2/isolation/",
         "L2/addressing/[a-z]+-",

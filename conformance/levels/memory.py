@@ -20,7 +20,7 @@ from conformance.world import Row, World
 from core.contract.errors import DeviceError, OutOfMemoryError
 from core.contract.requests import AllocatorRequest
 from core.contract.spec import BackendSpec
-from core.contract.types import CacheLayerSpec, Outputs, PackRequest, SamplingBatch, StatePart
+from core.contract.types import CacheLayerSpec, Outputs, PackRequest, SamplingBatch, State, StatePart
 
 LENGTHS = (29, 3)
 POOL = 80
@@ -322,14 +322,15 @@ def pack_round_trip(context: Context, uses: tuple[str, ...]) -> None:
 WORDS = World((4, 2, 3), outputs=Outputs())
 
 
-def words(context: Context) -> Bench:
+def words(context: Context, layers: tuple[CacheLayerSpec, ...] = ()) -> Bench:
     """Logits of the sampled rows are their tokens' rows of a random square table."""
     x = Draw(3)(WORDS.num_tokens, WORDS.num_tokens)
 
     def fn(ops: Any, w: Any, caches: Any, step: Any) -> Any:
         return ops.take(ops.embed_step(w["x"], step), step.sample_rows), caches
 
-    return Bench(context.subject, context.dtype, WORDS.fitted(context.spec), {"x": table(x)[0]}, fn)
+    world = replace(WORDS, layers=layers).fitted(context.spec)
+    return Bench(context.subject, context.dtype, world, {"x": table(x)[0]}, fn)
 
 
 def greedy(n: int) -> SamplingBatch:
@@ -378,6 +379,23 @@ def sampled_slots(context: Context) -> None:
         by_id[token] = bench.step([Row(0, 3, 1, source=4)])[0, 3]
     for slot in (0, 1, 2):
         context.equal(fed[slot], by_id[drawn.get(slot, 8)], f"`last` of slot {slot} after sampling")
+
+
+def warmed(context: Context) -> None:
+    """A program made ready leaves what it is given as it was: blocks, and the ids that slots drew last."""
+    bench = words(context, (layers(context.spec, context.dtype)["paged"],))
+    data = fill(context, bench, 0, [1, 2])
+    bench.state = bench.allocator.set_last(bench.state, [2], [5])
+    fed = bench.world.batch([Row(2, 1, 1, source=2)], bench.rules)
+    state = bench.program(fed.layout).warm(bench.state)
+    context.require(
+        isinstance(state, State),
+        f"warm gives a {type(state).__name__}, but the State to go on with is wanted",
+    )
+    bench.state = state
+    same(context, read(bench, 0, [1, 2]), data, "blocks after a program was made ready")
+    found = bench.step([Row(2, 1, 1, source=2)])[2, 1]
+    context.equal(found, bench.step([Row(1, 1, 1)])[1, 1], "a row fed from `last` after that")
 
 
 def padding_writes_nothing(context: Context) -> None:
@@ -431,6 +449,7 @@ OTHERS = {
     budget: "what does not fit is refused with the typed error and holds nothing",
     token_source: "a token's id may come from `last`",
     sampled_slots: "sampling writes `last` of the sampled slots and of no other",
+    warmed: "a program made ready before its first step changes nothing that is alive",
     padding_writes_nothing: "padding writes to no live block",
     closed_device: "a closed device refuses work, and may be closed again",
 }

@@ -218,6 +218,16 @@ FAULTS: dict[str, tuple[str, list[Edit]]] = {
             )
         ],
     ),
+    "a program made ready gives no state": (
+        "L1/memory/warmed",
+        [
+            (
+                "compiler",
+                "        return supersede(state)\n\n    def run(",
+                "        supersede(state)\n\n    def run(",
+            )
+        ],
+    ),
     "only the first blocks of a long list are copied": (
         "L1/blocks/whole-pool-",
         [("allocator", "read, write = _ids(src), _ids(dst)", "read, write = _ids(src)[:32], _ids(dst)[:32]")],
